@@ -1,0 +1,140 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import math
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+
+@dataclass
+class PerCEConfig(SFTConfig):
+    r"""
+    Configuration class for the [`PerCETrainer`].
+
+    [`PerCEConfig`] inherits every parameter of [`~trl.SFTConfig`] with its default and adds those of the PerCE loss
+    ([Rethinking Personalization in Large Language Models at the Token
+    Level](https://huggingface.co/papers/2603.06595)).
+
+    Parameters:
+        > Parameters that control the token weights
+
+        token_weighting (`str`, *optional*, defaults to `"perce"`):
+            Where the weight `w_i` of a trained token comes from. Possible values are:
+
+            - `"perce"`: the token's Personal Influence Ratio (PIR), in nats.
+            - `"loss"`: the token's own loss, in nats (the paper's baseline LossCE).
+            - `"entropy"`: the entropy of the distribution that predicts it, in nats (the paper's baseline EntCE).
+            - `"uniform"`: 1 (plain CE). The loss is then [`~trl.SFTTrainer`]'s own.
+
+        weight_clip_min (`float`, *optional*, defaults to `0.8`):
+            Lower bound `m` of a weight, dimensionless (Table 7 of the paper).
+        weight_clip_max (`float`, *optional*, defaults to `5.0`):
+            Upper bound `M` of a weight, dimensionless (Table 7 of the paper).
+        weight_normalization (`str`, *optional*, defaults to `"none"`):
+            Possible values are:
+
+            - `"none"`: weights as they are (the paper).
+            - `"sequence"`: weights divided by their mean over the trained tokens of their own row. It takes the
+              learning-rate effect of weights whose mean is not 1 out of a comparison with CE, and does not depend on
+              how a batch is split.
+
+        > Parameters that control the counterfactual pass
+
+        counterfactual (`str`, *optional*, defaults to `"drop"`):
+            How the persona is taken out of the context. Possible values are:
+
+            - `"drop"`: its tokens leave the sequence, which gets short and cheap.
+            - `"mask"`: its tokens stay in place, so all positions stay, and no token attends to them. Costs a forward
+              pass over the whole sequence, and needs an attention implementation that takes a padding mask.
+
+        > Parameters that control the persona in the data
+
+        persona_start_marker (`str`, *optional*, defaults to `"<persona>"`):
+            Text that opens a persona span in the data. It is taken out before tokenization.
+        persona_end_marker (`str`, *optional*, defaults to `"</persona>"`):
+            Text that closes a persona span in the data. It is taken out before tokenization.
+        truncate_persona (`bool`, *optional*, defaults to `True`):
+            Whether a row longer than `max_length` loses persona tokens, from the end of the persona. If `False`, TRL's
+            truncation applies, which cuts the end of the row, and so the response, first.
+
+    Raises:
+        `ValueError`: A value is out of its range; the message says which and what to write instead.
+    """
+
+    token_weighting: str = field(
+        default="perce",
+        metadata={
+            "help": "Where the weight of a trained token comes from: 'perce' (its Personal Influence Ratio), 'loss' (its "
+            "own loss, LossCE), 'entropy' (the entropy of its prediction, EntCE) or 'uniform' (plain CE, exactly "
+            "TRL's SFT).",
+            "choices": ["perce", "loss", "entropy", "uniform"],
+        },
+    )
+    weight_clip_min: float = field(
+        default=0.8, metadata={"help": "Lower bound m of a token's weight (Table 7 of the PerCE paper)."}
+    )
+    weight_clip_max: float = field(
+        default=5.0, metadata={"help": "Upper bound M of a token's weight (Table 7 of the PerCE paper)."}
+    )
+    weight_normalization: str = field(
+        default="none",
+        metadata={
+            "help": "'none' (the paper), or 'sequence': divide the weights by their mean over the trained tokens of "
+            "their own row, which takes the learning-rate effect out of a comparison with CE.",
+            "choices": ["none", "sequence"],
+        },
+    )
+    counterfactual: str = field(
+        default="drop",
+        metadata={
+            "help": "How the persona is taken out of the context of the counterfactual pass: 'drop' (its tokens leave "
+            "the sequence) or 'mask' (they stay in place and no token attends to them).",
+            "choices": ["drop", "mask"],
+        },
+    )
+    persona_start_marker: str = field(
+        default="<persona>", metadata={"help": "Text that opens a persona span in the data."}
+    )
+    persona_end_marker: str = field(
+        default="</persona>", metadata={"help": "Text that closes a persona span in the data."}
+    )
+    truncate_persona: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether a row longer than `max_length` loses persona tokens, from the end of the persona. If "
+            "False, TRL's truncation applies, which cuts the response first."
+        },
+    )
+
+    def __post_init__(self):
+        # Before `super().__post_init__`, which sets up the device and the process group.
+        for name in ("token_weighting", "weight_normalization", "counterfactual"):
+            choices = type(self).__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}. Write one of {', '.join(map(repr, choices))}.")
+        for name in ("weight_clip_min", "weight_clip_max"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"`{name}` is {value}. Write a finite number that is not negative.")
+        if self.weight_clip_min > self.weight_clip_max:
+            raise ValueError(
+                f"`weight_clip_min` ({self.weight_clip_min}) is over `weight_clip_max` ({self.weight_clip_max}). Write "
+                "a lower bound that is not over the upper one (the paper has 0.8 and 5.0)."
+            )
+        start, end = self.persona_start_marker, self.persona_end_marker
+        if not start or not end or start in end or end in start:
+            raise ValueError(
+                f"`persona_start_marker` is {start!r} and `persona_end_marker` is {end!r}. Write two texts that are not "
+                "empty and of which none contains the other."
+            )
+        super().__post_init__()

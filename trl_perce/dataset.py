@@ -1,0 +1,325 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+`persona.py` over whole datasets, map-style or streaming: before TRL's preparation (`mark_dataset`) and behind its
+tokenization (`add_persona_mask`).
+"""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from trl import is_conversational
+from trl.data_utils import get_dataset_column_names
+from trl.trainer.utils import global_then_local_main_first
+
+from .persona import PersonaError, Span, mark_persona, render, token_mask, trim_persona
+
+
+logger = get_logger(__name__)
+
+# Columns that live between the two functions. JSON, since Arrow cannot infer the type of lists that are all empty.
+SPANS_COLUMN = "_persona_spans"
+_TRIMMED_COLUMN = "_persona_trimmed"
+# "kept", "left out" (does not fit without its persona), or "cut" (by TRL, since it has no persona to trim)
+_FATE_COLUMN = "_persona_fate"
+
+# A streaming dataset cannot be counted: this many of its first rows stand for it.
+_STREAMING_SAMPLE = 100
+
+
+def mark_dataset(dataset, name: str, args, formatting_func=None):
+    """
+    Find the persona in each row ([`~trl_perce.persona.mark_persona`]), or check the `persona_mask` of rows that are
+    already tokenized.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Any dataset type of TRL's SFT.
+        name (`str`): What to call it in messages, such as `"train"`.
+        args ([`PerCEConfig`]): Gives the markers and the text column.
+        formatting_func (`Callable[[dict], str]`, *optional*): As in [`~trl.SFTTrainer`].
+
+    Returns:
+        The dataset as TRL shall see it, with a column of spans; rows that are tokenized have `persona_mask` instead.
+
+    Raises:
+        `ValueError`: The dataset is empty.
+        `PersonaError`: A row's persona is unclear; the message names the row.
+    """
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        raise ValueError(
+            f"The {name} dataset has a transform (`with_transform`), whose rows may change. Write its result into the "
+            "dataset with `Dataset.map`."
+        )
+    columns = _first_row(dataset, name).keys()
+    if "input_ids" in columns:
+        if "persona_mask" not in columns:
+            return dataset
+        return _map(dataset, _check_tokenized, args, f"Checking the personas of {name} dataset", {"name": name})
+    return _map(
+        dataset,
+        _mark_row,
+        args,
+        f"Finding the personas of {name} dataset",
+        {
+            "name": name,
+            "formatting_func": formatting_func,
+            "text_field": args.dataset_text_field,
+            "start_marker": args.persona_start_marker,
+            "end_marker": args.persona_end_marker,
+        },
+        # `maybe_convert_to_chatml` renames it
+        remove_columns=["conversations"] if "conversations" in columns else None,
+    )
+
+
+def count_personas(dataset) -> tuple[int, int]:
+    """
+    Count the rows with a persona and the rows.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): From [`mark_dataset`].
+
+    Returns:
+        `tuple[int, int]`: Rows with a persona, and rows; of a streaming dataset those among its first 100.
+    """
+    if isinstance(dataset, IterableDataset):
+        flags = [has_persona(example) for example in dataset.take(_STREAMING_SAMPLE)]
+    elif SPANS_COLUMN in dataset.column_names:
+        flags = [spans != "[]" for spans in dataset[SPANS_COLUMN]]
+    elif "persona_mask" in dataset.column_names:
+        flags = [any(mask) for mask in dataset["persona_mask"]]
+    else:
+        flags = [False] * len(dataset)
+    return sum(flags), len(flags)
+
+
+def has_persona(example: dict[str, Any]) -> bool:
+    """Whether a row from [`mark_dataset`] has a persona."""
+    return example.get(SPANS_COLUMN, "[]") != "[]" or any(example.get("persona_mask", ()))
+
+
+def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, chat_template, text_field: str) -> None:
+    """
+    Render the first row with a persona, so that a chat template that loses it is found before the model loads.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): From [`mark_dataset`].
+        name (`str`): What to call it in messages.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer with the chat template.
+        chat_template (`str` or `None`): Template to use instead of the tokenizer's.
+        text_field (`str`): Column of a plain language-modeling row.
+
+    Raises:
+        `PersonaError`: The chat template loses the persona.
+    """
+    for index, example in enumerate(dataset.take(_STREAMING_SAMPLE)):
+        spans = _spans(example)
+        if spans:
+            with _naming_row(name, index):
+                render(example, spans, tokenizer, chat_template, text_field)
+            return
+
+
+def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, chat_template: str | None, args):
+    """
+    Turn the spans of tokenized rows into a `persona_mask`, and trim the persona of rows that are too long.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            From [`mark_dataset`], then tokenized by TRL: with `input_ids` and `labels`, not yet truncated.
+        name (`str`): What to call it in messages.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer that TRL used.
+        chat_template (`str` or `None`): The template that TRL used, if not the tokenizer's.
+        args ([`PerCEConfig`]): Gives `max_length`, `truncate_persona` and the text column.
+
+    Returns:
+        The dataset with `persona_mask`, a list of 0 and 1 as long as `input_ids`. Rows whose question and response alone
+        are over `max_length` are left out, counted and logged.
+
+    Raises:
+        `PersonaError`: A mask cannot be aligned with TRL's tokens; the message names the row and the reason.
+    """
+    dataset = _map(
+        dataset,
+        _mask_row,
+        args,
+        f"Masking the personas of {name} dataset",
+        {
+            "name": name,
+            "tokenizer": tokenizer,
+            "chat_template": chat_template,
+            "text_field": args.dataset_text_field,
+            "max_length": args.max_length,
+            "truncate_persona": args.truncate_persona,
+            "keep_end": args.truncation_mode == "keep_end",
+        },
+        remove_columns=[SPANS_COLUMN] if SPANS_COLUMN in get_dataset_column_names(dataset) else None,
+    )
+    report = _TrimReport(name, args.max_length)
+    if isinstance(dataset, IterableDataset):
+        dataset = dataset.filter(report.keeps)
+    else:
+        report.add(dataset[_TRIMMED_COLUMN], dataset[_FATE_COLUMN])
+        report.log()
+        if report.left_out == report.rows:
+            raise PersonaError(
+                f"{name} dataset: no row fits into `max_length={args.max_length}` without its persona. Raise `max_length`."
+            )
+        if report.left_out:
+            dataset = dataset.select([i for i, fate in enumerate(dataset[_FATE_COLUMN]) if fate != "left out"])
+    return dataset.remove_columns([_TRIMMED_COLUMN, _FATE_COLUMN])
+
+
+class _TrimReport:
+    """Counts what does not fit into `max_length`. A streaming dataset logs as it goes, at 1, 10, 100 … rows."""
+
+    def __init__(self, name: str, max_length: int | None):
+        self.name, self.max_length = name, max_length
+        self.rows = self.trimmed_rows = self.trimmed_tokens = self.left_out = self.cut = 0
+        self._next_log = 1
+
+    def add(self, trimmed: Iterable[int], fates: Iterable[str]) -> None:
+        for tokens, fate in zip(trimmed, fates, strict=True):
+            self.rows += 1
+            self.left_out += fate == "left out"
+            self.cut += fate == "cut"
+            if fate != "left out":
+                self.trimmed_rows += tokens > 0
+                self.trimmed_tokens += tokens
+
+    def keeps(self, example: dict[str, Any]) -> bool:
+        self.add([example[_TRIMMED_COLUMN]], [example[_FATE_COLUMN]])
+        if self.trimmed_rows + self.left_out + self.cut >= self._next_log:
+            self._next_log *= 10
+            self.log()
+        return example[_FATE_COLUMN] != "left out"
+
+    def log(self) -> None:
+        if self.trimmed_rows:
+            logger.warning(
+                f"{self.name} dataset: trimmed the persona of {self.trimmed_rows} of {self.rows} rows, by "
+                f"{self.trimmed_tokens} tokens in all, to fit into `max_length={self.max_length}`."
+            )
+        if self.left_out:
+            logger.warning(
+                f"{self.name} dataset: left out {self.left_out} of {self.rows} rows, whose question and response alone "
+                f"are longer than `max_length={self.max_length}`."
+            )
+        if self.cut:
+            logger.warning(
+                f"{self.name} dataset: {self.cut} of {self.rows} rows are longer than `max_length={self.max_length}` and "
+                "no persona may be trimmed (there is none, or `truncate_persona` is off): TRL cuts them."
+            )
+
+
+def _first_row(dataset, name: str) -> dict[str, Any]:
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError(f"The {name} dataset is empty. Give it at least one row.")
+    return row
+
+
+def _map(dataset, function, args, desc: str, fn_kwargs: dict[str, Any], remove_columns: list[str] | None = None):
+    kwargs = {}
+    if isinstance(dataset, Dataset):  # `IterableDataset.map` supports neither
+        kwargs = {"num_proc": args.dataset_num_proc, "desc": desc}
+    with global_then_local_main_first():
+        return dataset.map(function, with_indices=True, fn_kwargs=fn_kwargs, remove_columns=remove_columns, **kwargs)
+
+
+class _naming_row:
+    """Context manager that puts the row in front of the message of a [`PersonaError`]."""
+
+    def __init__(self, name: str, index: int):
+        self.where = f"{name} dataset, row {index}: "
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, PersonaError):
+            raise PersonaError(self.where + str(error)) from error
+
+
+def _spans(example: dict[str, Any]) -> list[Span]:
+    return [Span(*span) for span in json.loads(example.get(SPANS_COLUMN, "[]"))]
+
+
+def _mark_row(example, index, name, formatting_func, text_field, start_marker, end_marker):
+    with _naming_row(name, index):
+        if formatting_func is not None:
+            # `SFTTrainer` writes the formatted text to this column
+            example["text"] = formatting_func(example)
+        example, spans = mark_persona(example, text_field, start_marker, end_marker)
+    return {**example, SPANS_COLUMN: json.dumps(spans)}
+
+
+def _check_tokenized(example, index, name):
+    with _naming_row(name, index):
+        mask, ids = example["persona_mask"], example["input_ids"]
+        if mask is None or len(mask) != len(ids) or not set(mask) <= {0, 1}:
+            raise PersonaError(
+                f"'persona_mask' must be a list of 0 and 1 as long as 'input_ids' ({len(ids)} tokens), got "
+                f"{'none' if mask is None else f'{len(mask)} values from {sorted(set(mask))[:5]}'}."
+            )
+    return example
+
+
+def _mask_row(
+    example, index, name, tokenizer, chat_template, text_field, max_length, truncate_persona, keep_end
+) -> dict[str, Any]:
+    ids, labels = example["input_ids"], example["labels"]
+    spans = _spans(example)
+    if spans:
+        with _naming_row(name, index):
+            text, char_spans = render(example, spans, tokenizer, chat_template, text_field)
+            encoded = tokenizer(text, add_special_tokens=not is_conversational(example), return_offsets_mapping=True)
+            _check_same_tokens(encoded["input_ids"], ids, tokenizer)
+            mask = token_mask(encoded["offset_mapping"], char_spans)
+    else:
+        mask = example.get("persona_mask") or [0] * len(ids)
+
+    before, fate = len(ids), "kept"
+    if max_length is not None and before > max_length:
+        if truncate_persona and any(mask):
+            keep = trim_persona(mask, max_length)
+            ids, labels, mask = ([column[index] for index in keep] for column in (ids, labels, mask))
+            if len(ids) > max_length:
+                fate = "left out"
+        else:
+            # TRL truncates `input_ids` and `labels` next, in the same way
+            mask = mask[-max_length:] if keep_end else mask[:max_length]
+            fate = "cut"
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "persona_mask": mask,
+        _TRIMMED_COLUMN: before - len(ids),
+        _FATE_COLUMN: fate,
+    }
+
+
+def _check_same_tokens(ids: list[int], trl_ids: list[int], tokenizer) -> None:
+    if ids == trl_ids:
+        return
+    first = next((i for i, (a, b) in enumerate(zip(ids, trl_ids, strict=False)) if a != b), min(len(ids), len(trl_ids)))
+    raise PersonaError(
+        f"the persona cannot be aligned: the row's text gives other tokens than TRL's tokenization, from token {first} on "
+        f"({tokenizer.decode(ids[first : first + 5])!r} instead of {tokenizer.decode(trl_ids[first : first + 5])!r}). The "
+        "chat template renders a message differently when its text changes (it cuts or rewrites it). Use another chat "
+        "template, or move the persona."
+    )

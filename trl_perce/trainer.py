@@ -1,0 +1,375 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import dataclasses
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
+from trl import SFTTrainer
+from trl.trainer.utils import get_config_model_id
+
+from .collator import DataCollatorForPerCE
+from .config import PerCEConfig
+from .dataset import SPANS_COLUMN, add_persona_mask, check_rendering, count_personas, mark_dataset
+from .persona import PersonaError
+from .weighting import entropy_weights, loss_weights, normalize_weights, perce_weights, personal_influence_ratio
+
+
+logger = get_logger(__name__)
+
+
+class PerCETrainer(SFTTrainer):
+    """
+    Trainer for the PerCE loss, from [Rethinking Personalization in Large Language Models at the Token
+    Level](https://huggingface.co/papers/2603.06595).
+
+    The loss is that of [`~trl.SFTTrainer`] with a weight on each trained token,
+
+    `−(1/n) Σ_i w_i log P_θ(y_i | p, x, y_<i)`,
+
+    where `n` is the number of trained tokens of the whole batch, over accumulation steps and processes. The weights are
+    estimated with the current `θ` at every step and carry no gradient (E-step); the gradient step on the weighted loss
+    is the M-step:
+
+    `w_i = clip(PIR(y_i; θ), m, M)`, `PIR(y_i; θ) = log P_θ(y_i | p, x, y_<i) − log P_θ(y_i | x, y_<i)`.
+
+    What alone changes against [`~trl.SFTTrainer`]: the preparation of a dataset finds the persona in it, the collator
+    adds the rows without their personas, and `compute_loss` weights the tokens. Everything else is inherited. With
+    `token_weighting="uniform"` the loss is that of [`~trl.SFTTrainer`], bit for bit.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from peft import LoraConfig
+    >>> from trl_perce import PerCEConfig, PerCETrainer
+
+    >>> row = {
+    ...     "prompt": "About me: <persona>I sew my own dresses.</persona>\\nWhat should I buy?\\n",
+    ...     "completion": "A new set of needles.",
+    ... }
+    >>> trainer = PerCETrainer(
+    ...     model="Qwen/Qwen3-0.6B",
+    ...     args=PerCEConfig(output_dir="qwen3-perce"),
+    ...     train_dataset=Dataset.from_list([row]),
+    ...     peft_config=LoraConfig(),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            As in [`~trl.SFTTrainer`]. Both passes run through it as it is: adapters on, base weights quantized or not.
+            Dropout draws a mask of its own in each pass, which adds noise to PIR: set `lora_dropout=0`.
+        args ([`PerCEConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        data_collator ([`~transformers.DataCollator`], *optional*):
+            With `token_weighting="perce"`, a [`DataCollatorForPerCE`], which is also the default.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Any dataset type of [`~trl.SFTTrainer`]. The persona stands between markers (`<persona>…</persona>`) in any
+            message but the response, or in a column `persona`, whose text takes the place of `{persona}` in the prompt.
+            Rows that are already tokenized have a column `persona_mask`: 1 where a token belongs to the persona. Rows
+            without a persona train as plain CE.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
+            Dataset to use for evaluation, of the same types. `eval_loss` is the weighted loss; `eval_nll` is not weighted.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer, which must give character offsets. If `None`, it is loaded from the model's name.
+        *positional, **kwargs:
+            The further arguments of [`~trl.SFTTrainer`], such as `peft_config` and `quantization_config`.
+
+    Raises:
+        `PersonaError`: The persona cannot be told from a row, or no row of `train_dataset` has one. Raised before the
+            model loads wherever the rows themselves show it.
+        `ValueError`: Arguments that cannot go together.
+
+    Metrics, in every log line, over all processes and micro-batches since the last one: `pir/mean` (nats) and
+    `pir/personal_fraction` (share with PIR > 1) over the tokens that the counterfactual pass scores; `weight/mean`,
+    `weight/at_min` and `weight/at_max` (shares at the clipping bounds) over all trained tokens, before
+    `weight_normalization`; `counterfactual/token_ratio`, the tokens of the counterfactual pass over those of the factual
+    one; `nll`, the unweighted loss in nats a token, which compares across weightings.
+    """
+
+    _tag_names = ["trl", "perce"]
+    _name = "PerCE"
+    _paper = {
+        "title": "Rethinking Personalization in Large Language Models at the Token Level",
+        "id": "2603.06595",
+        # docstyle-ignore
+        "citation": """@article{zhang2026rethinking,
+    title         = {{Rethinking Personalization in Large Language Models at the Token Level}},
+    author        = {Zhang, Chenheng and Lu, Yijun and Fang, Lizhe and Zheng, Chunyuan and Chai, Jiajun and Wang, Xiaohan and Yin, Guojun and Lin, Wei and Wang, Yisen and Lin, Zhouchen},
+    year          = 2026,
+    eprint        = {arXiv:2603.06595},
+}""",
+    }
+
+    def __init__(
+        self,
+        model,
+        args: PerCEConfig | None = None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        *positional,
+        **kwargs,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = PerCEConfig(f"{model_name.split('/')[-1]}-PerCE")
+        if not isinstance(args, PerCEConfig):
+            raise TypeError(f"`args` must be a `PerCEConfig`, got a `{type(args).__name__}`.")
+        _check_arguments(model, args, data_collator, kwargs)
+
+        # Before the model loads: find the personas, and try the chat template on one of them.
+        if _is_prepared_by_trl(train_dataset, args):
+            formatting_func = kwargs.get("formatting_func")
+            train_dataset = mark_dataset(train_dataset, "train", args, formatting_func)
+            found, rows = count_personas(train_dataset)
+            _check_found(found, rows, train_dataset, args)
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {
+                    name: mark_dataset(dataset, name, args, formatting_func) for name, dataset in eval_dataset.items()
+                }
+            elif eval_dataset is not None:
+                eval_dataset = mark_dataset(eval_dataset, "eval", args, formatting_func)
+            if found:
+                processing_class = _load_tokenizer(model, args, processing_class)
+                if processing_class is not None:
+                    template = _chat_template(args)
+                    check_rendering(train_dataset, "train", processing_class, template, args.dataset_text_field)
+
+        super().__init__(
+            model, args, data_collator, train_dataset, eval_dataset, processing_class, *positional, **kwargs
+        )
+
+        # The collator that TRL built, with both passes
+        if args.token_weighting == "perce" and data_collator is None:
+            self.data_collator = DataCollatorForPerCE(
+                **dataclasses.asdict(self.data_collator), counterfactual=args.counterfactual
+            )
+        # Sums over trained tokens, one tensor a micro-batch; their ratios are logged
+        self._token_sums = defaultdict(list)
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        columns = next(iter(dataset)).keys()
+        if SPANS_COLUMN not in columns:  # not the datasets of `__init__`, which are marked
+            dataset = mark_dataset(dataset, dataset_name, args, formatting_func)
+        # TRL tokenizes and builds the labels; it truncates behind us, when the persona has been trimmed
+        whole = _copy_with(args, max_length=None, shuffle_dataset=False)
+        dataset = super()._prepare_dataset(dataset, processing_class, whole, False, None, dataset_name)
+        dataset = add_persona_mask(dataset, dataset_name, self._tokenizer, self.chat_template, args)
+        return super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if "persona_mask" not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, "persona_mask"]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.args.token_weighting == "uniform":
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        counterfactual = {key: inputs.pop(key) for key in [*inputs] if "counterfactual" in key}
+        counterfactual_log_probs = self._counterfactual_log_probs(model, counterfactual, inputs)  # E-step
+
+        def weighted_model(**kwargs):
+            # TRL's loss is linear in `log_probs`: weighting them here weights the loss, and leaves the rest to TRL
+            outputs = model(**kwargs)
+            if kwargs.get("fused_lm_head"):
+                weights = self._token_weights(outputs, counterfactual_log_probs, counterfactual, inputs)
+                outputs.log_probs = outputs.log_probs * weights
+            return outputs
+
+        return super().compute_loss(weighted_model, inputs, return_outputs, num_items_in_batch)  # M-step
+
+    @torch.no_grad()
+    def _counterfactual_log_probs(self, model, counterfactual: dict[str, torch.Tensor], inputs) -> torch.Tensor | None:
+        """
+        Log-probabilities in nats of the tokens with `has_counterfactual`, in row-major order, from the counterfactual
+        pass; `None` if the batch needs none.
+        """
+        if self.args.token_weighting != "perce":
+            return None
+        prefix = "counterfactual_"
+        batch = {key.removeprefix(prefix): value for key, value in counterfactual.items() if key.startswith(prefix)}
+        if not batch:
+            if self.accelerator.num_processes == 1:
+                return None
+            # Another process may need the pass, in which wrapped models communicate: take part with two tokens
+            batch = {key: inputs[key][:1, :2] for key in ("input_ids", "attention_mask")}
+            batch["labels"] = torch.full_like(batch["input_ids"], -100)
+        outputs = model(**batch, use_cache=False, fused_lm_head=True)
+        return outputs.log_probs[outputs.label_mask]
+
+    @torch.no_grad()
+    def _token_weights(self, outputs, counterfactual_log_probs, counterfactual, inputs) -> torch.Tensor:
+        """Weights of the shape of `outputs.log_probs`, 0 on tokens that are not trained. Notes the metrics."""
+        args = self.args
+        log_probs = outputs.log_probs[outputs.label_mask].detach()
+        weights, pir = torch.ones_like(log_probs), log_probs[:0]
+        bounds = (args.weight_clip_min, args.weight_clip_max)
+        if args.token_weighting == "loss":
+            weights = loss_weights(log_probs, *bounds)
+        elif args.token_weighting == "entropy":
+            weights = entropy_weights(outputs.entropy[outputs.label_mask], *bounds)
+        elif counterfactual_log_probs is not None:
+            # The k-th of these tokens is the k-th labelled token of the counterfactual pass
+            paired = counterfactual["has_counterfactual"][:, 1:][inputs["labels"][:, 1:] != -100]
+            pir = personal_influence_ratio(log_probs[paired], counterfactual_log_probs)
+            weights[paired] = perce_weights(pir, *bounds)
+
+        mode = "train" if self.model.training else "eval"
+        counterfactual_mask = counterfactual.get("counterfactual_attention_mask", log_probs[:0])
+        factual_mask = inputs.get("attention_mask", inputs["input_ids"].new_ones(()).expand_as(inputs["input_ids"]))
+        sums = [
+            *(log_probs.numel(), -log_probs.sum(), weights.sum()),
+            *((weights <= bounds[0]).sum(), (weights >= bounds[1]).sum()),
+            *(pir.numel(), pir.sum(), (pir > 1).sum()),
+            *(counterfactual_mask.sum(), factual_mask.sum()),
+        ]
+        self._token_sums[mode].append(torch.stack([torch.as_tensor(x, device=log_probs.device).float() for x in sums]))
+
+        if args.weight_normalization == "sequence":
+            rows = outputs.label_mask.nonzero()[:, 0]
+            weights = normalize_weights(weights, rows, outputs.label_mask.size(0))
+        return torch.zeros_like(outputs.log_probs).masked_scatter(outputs.label_mask, weights.to(log_probs.dtype))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        sums = self._token_sums.pop(mode, None)
+        if sums is not None:
+            # Summed on the CPU in float64, which counts beyond float32's 16 million
+            total = torch.stack(sums).cpu().double().sum(0).float().to(self.accelerator.device)
+            tokens, nll, weight, at_min, at_max, paired, pir, personal, ours, theirs = self.accelerator.reduce(
+                total, reduction="sum"
+            ).tolist()
+            metrics = self._metrics[mode]
+            if tokens:
+                metrics["nll"] = [nll / tokens]
+                metrics["weight/mean"] = [weight / tokens]
+                metrics["weight/at_min"] = [at_min / tokens]
+                metrics["weight/at_max"] = [at_max / tokens]
+            if paired:
+                metrics["pir/mean"] = [pir / paired]
+                metrics["pir/personal_fraction"] = [personal / paired]
+            if self.args.token_weighting == "perce":
+                metrics["counterfactual/token_ratio"] = [ours / theirs]
+        super().log(logs, start_time)
+
+
+def _check_arguments(model, args: PerCEConfig, data_collator, kwargs: dict[str, Any]) -> None:
+    peft_config = kwargs.get("peft_config")
+    targets = getattr(peft_config, "target_modules", None) or ()
+    if (
+        re.fullmatch(targets, "lm_head")
+        if isinstance(targets, str)
+        else any(name.split(".")[-1] == "lm_head" for name in targets)
+    ):
+        raise ValueError(
+            "The adapter sits on `lm_head`, where it would not be trained: log-probabilities are computed from "
+            "`lm_head.weight` directly. Remove 'lm_head' from `target_modules` (`lora_target_modules`)."
+        )
+    if args.token_weighting == "uniform":
+        return
+    if args.loss_type != "nll" or args.label_smoothing_factor or kwargs.get("compute_loss_func") is not None:
+        raise ValueError(
+            f"`token_weighting='{args.token_weighting}'` weights the negative log-likelihood. Leave `loss_type` at 'nll', "
+            "`label_smoothing_factor` at 0 and `compute_loss_func` unset, or set `token_weighting='uniform'`."
+        )
+    if args.packing or args.eval_packing or args.padding_free:
+        raise ValueError(
+            f"`packing` and `padding_free` do not go with `token_weighting='{args.token_weighting}'` yet. Set them to "
+            "`False`, or `token_weighting='uniform'`."
+        )
+    if args.token_weighting == "perce" and data_collator is not None and not isinstance(data_collator, DataCollatorForPerCE):
+        raise ValueError(
+            f"`data_collator` is a `{type(data_collator).__name__}`, which does not build the counterfactual pass. Pass a "
+            "`DataCollatorForPerCE` or none."
+        )
+
+
+def _is_prepared_by_trl(train_dataset, args: PerCEConfig) -> bool:
+    """Whether `SFTTrainer` will tokenize `train_dataset`. Raises where PerCE could not work with what it gets instead."""
+    if train_dataset is None:
+        return False  # `SFTTrainer` says so
+    first = next(iter(train_dataset), None)
+    if first is None:
+        raise ValueError("The train dataset is empty. Give it at least one row.")
+    if "image" in first or "images" in first:
+        if args.token_weighting != "uniform":
+            raise ValueError(
+                f"The dataset holds images, for which `token_weighting='{args.token_weighting}'` is not supported. Remove "
+                "the image columns, or set `token_weighting='uniform'`."
+            )
+        return False
+    if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        if args.token_weighting == "perce" and "persona_mask" not in first:
+            raise ValueError(
+                "`skip_prepare_dataset=True` needs a dataset with the columns 'input_ids', 'labels' and 'persona_mask'; "
+                f"it has {', '.join(map(repr, first))}."
+            )
+        return False
+    return True
+
+
+def _check_found(found: int, rows: int, dataset, args: PerCEConfig) -> None:
+    streaming = getattr(dataset, "num_rows", None) is None
+    if found == 0 and args.token_weighting == "perce":
+        raise PersonaError(
+            f"no row of the {'first ' if streaming else ''}{rows} rows of the train dataset has a persona. Write "
+            f"{args.persona_start_marker}…{args.persona_end_marker} around the persona in the prompt, or add a column "
+            "'persona' and write {persona} where it belongs. To train plain CE, set `token_weighting='uniform'`."
+        )
+    if found and not streaming and found < rows:
+        logger.warning(f"train dataset: {rows - found} of {rows} rows have no persona and train as plain CE (weight 1).")
+
+
+def _load_tokenizer(model, args: PerCEConfig, processing_class):
+    """The tokenizer of the run as far as it is known before the model is loaded; `None` if it is not."""
+    if processing_class is None and isinstance(model, str):
+        processing_class = AutoProcessor.from_pretrained(
+            model,
+            revision=(args.model_init_kwargs or {}).get("revision"),
+            trust_remote_code=args.trust_remote_code,
+        )
+    if isinstance(processing_class, ProcessorMixin):  # a vision-language model, of which only the text is trained
+        tokenizer = processing_class.tokenizer
+        tokenizer.chat_template = tokenizer.chat_template or processing_class.chat_template
+        processing_class = tokenizer
+    if processing_class is not None and not processing_class.is_fast:
+        raise ValueError(
+            f"The tokenizer ({type(processing_class).__name__}) gives no character offsets, without which the persona's "
+            "tokens cannot be told. Use a fast tokenizer (one that is backed by the `tokenizers` library)."
+        )
+    return processing_class
+
+
+def _chat_template(args: PerCEConfig) -> str | None:
+    path = args.chat_template_path
+    if path is None:
+        return None
+    if Path(path).is_file():
+        return Path(path).read_text(encoding="utf-8")
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code).chat_template
+
+
+def _copy_with(args: PerCEConfig, **changes) -> PerCEConfig:
+    # Not `dataclasses.replace`, which would run `__post_init__` and set up the device anew
+    copy = object.__new__(type(args))
+    copy.__dict__.update(args.__dict__ | changes)
+    return copy
