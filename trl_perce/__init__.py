@@ -12,12 +12,35 @@
 
 """Fine-tune language models to be personal: PerContrast and the PerCE loss on top of TRL."""
 
-from .collator import DataCollatorForPerCE
-from .config import PerCEConfig
-from .persona import PersonaError
-from .trainer import PerCETrainer
+import importlib
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .collator import DataCollatorForPerCE
+    from .config import PerCEConfig
+    from .persona import PersonaError
+    from .trainer import PerCETrainer
 
 
 __version__ = "0.1.0"
 
 __all__ = ["DataCollatorForPerCE", "PerCEConfig", "PerCETrainer", "PersonaError"]
+
+_MODULES = {
+    "DataCollatorForPerCE": "collator",
+    "PerCEConfig": "config",
+    "PerCETrainer": "trainer",
+    "PersonaError": "persona",
+}
+
+
+def __getattr__(name: str):
+    # Imported when asked for, so that `trl-perce --help` does not wait for torch
+    if name in _MODULES:
+        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
