@@ -1,0 +1,106 @@
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from trl_perce import PerCEConfig
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 400 tokens, trained here, with a ChatML template."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    text = ["I sew my own dresses and love linen. What should I buy? A new set of needles, 🧵 naïve café."] * 4
+    bpe.train_from_iterator(
+        text,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<pad>", chat_template=CHATML
+    )
+
+
+_SHAPE = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+_COMMON = {**_SHAPE, **_HEADS, "pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3}
+TINY_CONFIGS = {
+    "qwen3": Qwen3Config(**_COMMON, head_dim=8, tie_word_embeddings=True),
+    "llama": LlamaConfig(**_COMMON, tie_word_embeddings=False),
+    "gemma": GemmaConfig(**_COMMON, head_dim=8),
+    "mistral": MistralConfig(**_COMMON, sliding_window=None, tie_word_embeddings=False),
+    "gpt2": GPT2Config(
+        **{"vocab_size": 400, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.3},
+        **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+        **{"pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+}
+
+
+def make_tiny_model(kind: str, dtype=torch.float32, seed: int = 0):
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(TINY_CONFIGS[kind], dtype=dtype)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """Folder of the real SmolLM2-135M-Instruct."""
+    from smollm2 import ensure_smollm2
+
+    try:
+        return ensure_smollm2()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2):
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture
+def make_args(tmp_path):
+    """Configuration for a run on CPU in float32 that says nothing and saves nothing."""
+
+    def make(**kwargs) -> PerCEConfig:
+        defaults = {
+            **{"output_dir": str(tmp_path / "run"), "use_cpu": True, "bf16": False, "report_to": "none"},
+            **{"gradient_checkpointing": False, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1},
+        }
+        return PerCEConfig(**{**defaults, **kwargs})
+
+    return make

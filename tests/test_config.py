@@ -1,0 +1,49 @@
+import dataclasses
+
+import pytest
+from trl import SFTConfig
+
+from trl_perce import PerCEConfig
+
+
+def test_every_new_field_has_help_and_the_defaults_are_the_papers():
+    inherited = {field.name for field in dataclasses.fields(SFTConfig)}
+    new = {field.name: field for field in dataclasses.fields(PerCEConfig) if field.name not in inherited}
+    assert {name: field.default for name, field in new.items()} == {
+        "token_weighting": "perce",
+        "weight_clip_min": 0.8,
+        "weight_clip_max": 5.0,
+        "weight_normalization": "none",
+        "counterfactual": "drop",
+        "persona_start_marker": "<persona>",
+        "persona_end_marker": "</persona>",
+        "truncate_persona": True,
+    }
+    assert all(field.metadata["help"] for field in new.values())
+    assert all(f"        {name} (" in PerCEConfig.__doc__ for name in new)
+
+
+def test_inherited_defaults_are_not_touched():
+    ours = {field.name: field.default for field in dataclasses.fields(PerCEConfig)}
+    for field in dataclasses.fields(SFTConfig):
+        assert ours[field.name] == field.default or field.default is dataclasses.MISSING
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"token_weighting": "persona"}, "`token_weighting` is 'persona'. Write one of 'perce', 'loss', 'entropy'"),
+        ({"weight_normalization": "batch"}, "Write one of 'none', 'sequence'"),
+        ({"counterfactual": "swap"}, "Write one of 'drop', 'mask'"),
+        ({"weight_clip_min": 6.0}, r"`weight_clip_min` \(6.0\) is over `weight_clip_max` \(5.0\)"),
+        ({"weight_clip_min": -0.1}, "`weight_clip_min` is -0.1. Write a finite number that is not negative"),
+        ({"weight_clip_max": float("nan")}, "`weight_clip_max` is nan"),
+        ({"weight_clip_max": float("inf")}, "`weight_clip_max` is inf"),
+        ({"persona_start_marker": ""}, "not empty"),
+        ({"persona_start_marker": "##", "persona_end_marker": "##"}, "none contains the other"),
+        ({"persona_start_marker": "@", "persona_end_marker": "@@"}, "none contains the other"),
+    ],
+)
+def test_values_out_of_range(values, message):
+    with pytest.raises(ValueError, match=message):
+        PerCEConfig("out", **values)
