@@ -96,11 +96,11 @@ def smollm2_tokenizer(smollm2):
 def make_args(tmp_path):
     """Configuration for a run on CPU in float32 that says nothing and saves nothing."""
 
-    def make(**kwargs) -> PerCEConfig:
+    def make(cls=PerCEConfig, **kwargs):
         defaults = {
             **{"output_dir": str(tmp_path / "run"), "use_cpu": True, "bf16": False, "report_to": "none"},
             **{"gradient_checkpointing": False, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1},
         }
-        return PerCEConfig(**{**defaults, **kwargs})
+        return cls(**{**defaults, **kwargs})
 
     return make

@@ -24,7 +24,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .collator import DataCollatorForPerCE
 from .config import PerCEConfig
-from .dataset import SPANS_COLUMN, add_persona_mask, check_rendering, count_personas, mark_dataset
+from .dataset import add_persona_mask, check_rendering, count_personas, mark_dataset
 from .persona import PersonaError
 from .weighting import entropy_weights, loss_weights, normalize_weights, perce_weights, personal_influence_ratio
 
@@ -153,9 +153,11 @@ class PerCETrainer(SFTTrainer):
                     template = _chat_template(args)
                     check_rendering(train_dataset, "train", processing_class, template, args.dataset_text_field)
 
+        self._marked_ahead = True  # what `SFTTrainer.__init__` prepares is marked, what `evaluate` prepares is not
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, *positional, **kwargs
         )
+        self._marked_ahead = False
 
         # The collator that TRL built, with both passes
         if args.token_weighting == "perce" and data_collator is None:
@@ -166,8 +168,7 @@ class PerCETrainer(SFTTrainer):
         self._token_sums = defaultdict(list)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        columns = next(iter(dataset)).keys()
-        if SPANS_COLUMN not in columns:  # not the datasets of `__init__`, which are marked
+        if not self._marked_ahead:
             dataset = mark_dataset(dataset, dataset_name, args, formatting_func)
         # TRL tokenizes and builds the labels; it truncates behind us, when the persona has been trimmed
         whole = _copy_with(args, max_length=None, shuffle_dataset=False)

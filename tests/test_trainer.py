@@ -1,0 +1,290 @@
+import copy
+
+import pytest
+import torch
+from conftest import TINY_CONFIGS, make_tiny_model
+from datasets import Dataset
+from reference import make_rows, masked_context_log_probs, reference, response_log_probs
+from trl import SFTConfig, SFTTrainer
+
+import trl_perce.trainer
+from trl_perce import DataCollatorForPerCE, PerCETrainer
+
+
+def to_dataset(rows) -> Dataset:
+    return Dataset.from_list([row.tokenized() for row in rows])
+
+
+def train(make_args, tokenizer, model, rows, **kwargs):
+    args = make_args(max_length=None, **kwargs)
+    trainer = PerCETrainer(model, args, train_dataset=to_dataset(rows), processing_class=tokenizer)
+    trainer.train()
+    return trainer
+
+
+def one_sgd_step(make_args, tokenizer, kind, rows, **kwargs):
+    """Loss of one optimizer step, and the gradients, read off the parameters: plain SGD with learning rate 1."""
+    model = make_tiny_model(kind)
+    before = copy.deepcopy(model.state_dict())
+    trainer = train(
+        make_args,
+        tokenizer,
+        model,
+        rows,
+        **{"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 1},
+        **kwargs,
+    )
+    gradients = {name: before[name] - value for name, value in model.state_dict().items()}
+    return trainer.state.log_history[0], gradients
+
+
+def assert_close(gradients, expected, relative=2e-4):
+    assert expected
+    for name, gradient in expected.items():
+        error = (gradients[name].double() - gradient).norm() / gradient.norm().clamp(min=1e-9)
+        assert error < relative, (name, error)
+
+
+def record_pir(monkeypatch) -> list[torch.Tensor]:
+    """PIR of every micro-batch, as the trainer computes it."""
+    recorded, original = [], trl_perce.trainer.personal_influence_ratio
+
+    def recorder(*args):
+        recorded.append(original(*args))
+        return recorded[-1]
+
+    monkeypatch.setattr(trl_perce.trainer, "personal_influence_ratio", recorder)
+    return recorded
+
+
+# ── 1. loss and gradients against float64 ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("kind", TINY_CONFIGS)
+def test_loss_and_gradients_are_those_of_the_formula(make_args, tokenizer, kind, accumulation):
+    rows = make_rows(seed=1, count=8)
+    expected = reference(make_tiny_model(kind), rows, clip_max=1.5)
+    logs, gradients = one_sgd_step(
+        make_args,
+        tokenizer,
+        kind,
+        rows,
+        weight_clip_max=1.5,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+    )
+    assert logs["loss"] == pytest.approx(expected.loss, rel=1e-5)
+    assert_close(gradients, expected.gradients)
+
+    pir = [value for row in expected.pir for value in row]
+    weights = [value for row in expected.weights for value in row]
+    assert min(pir) < 0.8 and max(pir) > 1.5 and any(0.8 < value < 1.5 for value in pir)  # both bounds are at work
+    assert logs["pir/mean"] == pytest.approx(sum(pir) / len(pir), rel=1e-4)
+    assert logs["pir/personal_fraction"] == pytest.approx(sum(v > 1 for v in pir) / len(pir))
+    assert logs["weight/mean"] == pytest.approx(sum(weights) / len(weights), rel=1e-5)
+    assert logs["weight/at_min"] == pytest.approx(sum(v <= 0.8 for v in weights) / len(weights))
+    assert logs["weight/at_max"] == pytest.approx(sum(v >= 1.5 for v in weights) / len(weights))
+    ours = sum(len(r.before + r.after + r.response) for r in rows if r.persona)
+    theirs = sum(len(r.tokenized()["input_ids"]) for r in rows)
+    assert logs["counterfactual/token_ratio"] == pytest.approx(ours / theirs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weighting": "loss"},
+        {"weighting": "entropy"},
+        {"counterfactual": "mask"},
+        {"normalization": "sequence"},
+        {"normalization": "sequence", "weighting": "loss"},
+        {"clip_min": 0.0, "clip_max": 1.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_other_weightings(make_args, tokenizer, kind, options):
+    rows = make_rows(seed=2, count=6)
+    expected = reference(make_tiny_model(kind), rows, **options)
+    names = {"weighting": "token_weighting", "normalization": "weight_normalization"}
+    names |= {"clip_min": "weight_clip_min", "clip_max": "weight_clip_max"}
+    logs, gradients = one_sgd_step(
+        make_args,
+        tokenizer,
+        kind,
+        rows,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        **{names.get(name, name): value for name, value in options.items()},
+    )
+    assert logs["loss"] == pytest.approx(expected.loss, rel=1e-5)
+    assert_close(gradients, expected.gradients)
+
+
+def test_weights_carry_no_gradient(make_args, tokenizer):
+    # With all weights at a bound the weighted gradient is the bound times the plain one, if nothing flows through them
+    rows = make_rows(seed=3, count=4, with_persona=1.0)
+    _, plain = one_sgd_step(make_args, tokenizer, "llama", rows, token_weighting="uniform", per_device_train_batch_size=4)
+    bounds = {"weight_clip_min": 3.0, "weight_clip_max": 3.0}
+    _, tripled = one_sgd_step(make_args, tokenizer, "llama", rows, per_device_train_batch_size=4, **bounds)
+    assert_close(tripled, {name: 3 * value.double() for name, value in plain.items()}, relative=1e-5)
+
+
+# ── 2. uniform is SFT ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_uniform_is_sft_bit_for_bit_over_20_steps(make_args, tokenizer, tmp_path, lora):
+    from peft import LoraConfig
+
+    rows = make_rows(seed=4, count=24)
+    common = {"max_steps": 20, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
+    peft = {"peft_config": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)} if lora else {}
+    ours = PerCETrainer(
+        make_tiny_model("qwen3"),
+        make_args(token_weighting="uniform", **common),
+        train_dataset=to_dataset(rows),
+        processing_class=tokenizer,
+        **peft,
+    )
+    ours.train()
+    theirs = SFTTrainer(
+        make_tiny_model("qwen3"),
+        make_args(cls=SFTConfig, **common),
+        train_dataset=to_dataset(rows).remove_columns("persona_mask"),
+        processing_class=tokenizer,
+        **peft,
+    )
+    theirs.train()
+    losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (ours, theirs)]
+    assert len(losses[0]) == 20 and losses[0] == losses[1]
+    ours, theirs = ours.model.state_dict(), theirs.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_perce_with_all_weights_one_is_sft_too(make_args, tokenizer):
+    rows = make_rows(seed=4, count=8)
+    ones = {"weight_clip_min": 1.0, "weight_clip_max": 1.0}
+    logs, gradients = one_sgd_step(make_args, tokenizer, "qwen3", rows, per_device_train_batch_size=8, **ones)
+    same, plain = one_sgd_step(make_args, tokenizer, "qwen3", rows, per_device_train_batch_size=8, token_weighting="uniform")
+    assert logs["loss"] == same["loss"] and logs["nll"] == pytest.approx(same["loss"])
+    assert all(torch.equal(gradients[name], plain[name]) for name in plain)
+
+
+# ── 3. drop and mask ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma", "mistral"])
+def test_drop_equals_mask_with_compacted_positions(kind, tokenizer):
+    rows = make_rows(seed=5, count=6, with_persona=1.0)
+    model = make_tiny_model(kind).eval()
+    batches = {
+        mode: DataCollatorForPerCE(pad_token_id=3, counterfactual=mode)([row.tokenized() for row in rows])
+        for mode in ("drop", "mask")
+    }
+    log_probs = {}
+    for mode, batch in batches.items():
+        batch = {k.removeprefix("counterfactual_"): v for k, v in batch.items() if k.startswith("counterfactual_")}
+        labels = batch.pop("labels")
+        if mode == "mask":
+            batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            scores = model(**batch, use_cache=False).logits[:, :-1].log_softmax(-1)
+        trained = labels[:, 1:] != -100
+        log_probs[mode] = scores[trained].gather(1, labels[:, 1:][trained][:, None])
+    assert log_probs["drop"].shape == (sum(len(row.response) for row in rows), 1)
+    assert torch.allclose(log_probs["drop"], log_probs["mask"], atol=1e-5)
+
+
+@pytest.mark.parametrize("counterfactual", ["drop", "mask"])
+@pytest.mark.parametrize("kind", TINY_CONFIGS)
+def test_pir_of_each_token_against_raw_logits(make_args, tokenizer, monkeypatch, kind, counterfactual):
+    rows = make_rows(seed=6, count=5, with_persona=1.0)
+    recorded = record_pir(monkeypatch)
+    args = {"max_steps": 1, "per_device_train_batch_size": 5, "learning_rate": 0.0, "counterfactual": counterfactual}
+    train(make_args, tokenizer, make_tiny_model(kind), rows, **args, train_sampling_strategy="sequential")
+    double = make_tiny_model(kind).double().eval()  # the learning rate was 0
+    expected = []
+    with torch.no_grad():
+        for row in rows:
+            factual, _ = response_log_probs(double, row.before + row.persona + row.after, row.response)
+            if counterfactual == "drop":
+                without, _ = response_log_probs(double, row.before + row.after, row.response)
+            else:
+                without = masked_context_log_probs(double, row)
+            expected.append(factual - without)
+    (pir,) = recorded
+    assert torch.allclose(pir.double(), torch.cat(expected), atol=2e-5)
+
+
+# ── 4. alone and in a batch ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("counterfactual", ["drop", "mask"])
+def test_a_row_has_the_same_pir_alone_and_padded_beside_others(make_args, tokenizer, monkeypatch, counterfactual):
+    rows = make_rows(seed=7, count=6)
+    recorded = record_pir(monkeypatch)
+    for size in (1, 6):
+        args = {"per_device_train_batch_size": size, "num_train_epochs": 1, "learning_rate": 0.0}
+        args |= {"counterfactual": counterfactual, "train_sampling_strategy": "sequential"}
+        train(make_args, tokenizer, make_tiny_model("llama"), rows, **args)
+    alone, together = torch.cat(recorded[:-1]), recorded[-1]
+    assert len(recorded) == sum(bool(row.persona) for row in rows) + 1
+    assert torch.allclose(alone, together, atol=1e-5)
+
+
+def test_a_batch_without_personas_pays_no_counterfactual_pass(make_args, tokenizer, monkeypatch):
+    rows = make_rows(seed=8, count=4, with_persona=0.0)
+    model = make_tiny_model("llama")
+    forwards = []
+    model.model.register_forward_hook(lambda *_: forwards.append(1))
+    trainer = train(make_args, tokenizer, model, rows, per_device_train_batch_size=1, num_train_epochs=1)
+    assert len(forwards) == 4 + 1  # four micro-batches; one of them (row 0) has a persona
+    weights = [log["weight/mean"] for log in trainer.state.log_history if "weight/mean" in log]
+    assert sum(weight == 1.0 for weight in weights) == 3
+
+
+def test_trained_tokens_of_the_persona_itself_have_weight_one(make_args, tokenizer):
+    # Full-sequence loss: the persona's own tokens are trained, have no counterfactual, and count in n
+    (row,) = make_rows(seed=9, count=1)
+    tokenized = row.tokenized()
+    dataset = Dataset.from_list([{**tokenized, "labels": tokenized["input_ids"]}])
+    model = make_tiny_model("llama")
+    trainer = PerCETrainer(
+        model, make_args(max_length=None, max_steps=1, learning_rate=0.0), train_dataset=dataset, processing_class=tokenizer
+    )
+    trainer.train()
+    double, ids = make_tiny_model("llama").double().eval(), tokenized["input_ids"]
+    kept = row.before + row.after + row.response
+    with torch.no_grad():
+        factual, _ = response_log_probs(double, ids[:1], ids[1:])
+        without, _ = response_log_probs(double, kept[:1], kept[1:])
+    start, end = len(row.before) - 1, len(row.before) - 1 + len(row.persona)
+    weights = torch.ones_like(factual)
+    outside = torch.ones_like(factual, dtype=torch.bool)
+    outside[start:end] = False
+    weights[outside] = (factual[outside] - without).clamp(0.8, 5.0)
+    expected = -(weights * factual).mean().item()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+# ── evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_evaluation_gives_the_weighted_loss_and_the_metrics(make_args, tokenizer):
+    rows = make_rows(seed=10, count=4)
+    model = make_tiny_model("qwen3")
+    trainer = PerCETrainer(
+        model,
+        make_args(max_length=None, per_device_eval_batch_size=4),
+        train_dataset=to_dataset(make_rows(seed=11, count=4)),
+        eval_dataset={"one": to_dataset(rows), "two": to_dataset(make_rows(seed=12, count=4))},
+        processing_class=tokenizer,
+    )
+    metrics = trainer.evaluate()
+    expected, plain = reference(model, rows), reference(model, rows, weighting="uniform")
+    assert metrics["eval_one_loss"] == pytest.approx(expected.loss, rel=1e-5)
+    first = next(log for log in trainer.state.log_history if "eval_one_loss" in log)
+    assert first["eval_nll"] == pytest.approx(plain.loss, rel=1e-5)
+    pir = [value for row in expected.pir for value in row]
+    assert first["eval_pir/mean"] == pytest.approx(sum(pir) / len(pir), rel=1e-4)
