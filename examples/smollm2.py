@@ -14,6 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
+
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / ".cache" / "SmolLM2-135M-Instruct"
 

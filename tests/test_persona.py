@@ -27,10 +27,25 @@ MISTRAL = (
 )
 # A template that trims with Jinja and one that drops system messages
 TRIMMING = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}</>{% endfor %}"
-DROPPING = "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'] }}: {{ m['content'] }}\n{% endif %}{% endfor %}"
-REPEATING = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+DROPPING = (
+    "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'] }}: {{ m['content'] }}\n{% endif %}{% endfor %}"
+)
+REPEATING = (
+    "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
 
-SHIPPED = ["qwen3", "qwen3_instruct_2507", "qwen2_5", "llama3", "llama3_1", "llama3_2", "gemma", "gemma3", "phi3", "phi3_5"]
+SHIPPED = [
+    "qwen3",
+    "qwen3_instruct_2507",
+    "qwen2_5",
+    "llama3",
+    "llama3_1",
+    "llama3_2",
+    "gemma",
+    "gemma3",
+    "phi3",
+    "phi3_5",
+]
 PERSONAS = [
     "I sew my own dresses.",
     "naïve café, 北京に住んでいます, Ελλάδα",
@@ -114,7 +129,9 @@ def test_the_persona_of_a_column_stays_literal(before, persona, behind):
 
 def test_a_column_with_a_marker_a_placeholder_and_braces_inside():
     persona = "I write {persona} and <persona>x</persona> and {0}"
-    example, spans = mark_persona({"prompt": "Keep {this}: {persona}! And {}", "completion": "ok {y}", "persona": persona})
+    example, spans = mark_persona(
+        {"prompt": "Keep {this}: {persona}! And {}", "completion": "ok {y}", "persona": persona}
+    )
     assert example["prompt"] == f"Keep {{this}}: {persona}! And {{}}"
     (span,) = spans
     assert example["prompt"][span.start : span.end] == persona
@@ -171,7 +188,10 @@ def test_templates(name, persona, smollm2_tokenizer):
         {"role": "assistant", "content": "Buy needles."},
     ]
     marked = [
-        {"role": "user", "content": f"Past:\n<persona>{persona}</persona>\nnow needles, {persona.strip()}? <persona>{persona}</persona>"},
+        {
+            "role": "user",
+            "content": f"Past:\n<persona>{persona}</persona>\nnow needles, {persona.strip()}? <persona>{persona}</persona>",
+        },
         {"role": "assistant", "content": "Buy needles."},
     ]
     example, spans = mark_persona({"messages": marked})

@@ -2,12 +2,12 @@ import copy
 
 import pytest
 import torch
-from conftest import TINY_CONFIGS, make_tiny_model
 from datasets import Dataset
-from reference import make_rows, masked_context_log_probs, reference, response_log_probs
 from trl import SFTConfig, SFTTrainer
 
 import trl_perce.trainer
+from conftest import TINY_CONFIGS, make_tiny_model
+from reference import make_rows, masked_context_log_probs, reference, response_log_probs
 from trl_perce import DataCollatorForPerCE, PerCETrainer
 
 
@@ -31,7 +31,13 @@ def one_sgd_step(make_args, tokenizer, kind, rows, **kwargs):
         tokenizer,
         model,
         rows,
-        **{"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 1},
+        **{
+            "optim": "sgd",
+            "learning_rate": 1.0,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.0,
+            "max_steps": 1,
+        },
         **kwargs,
     )
     gradients = {name: before[name] - value for name, value in model.state_dict().items()}
@@ -124,7 +130,9 @@ def test_the_other_weightings(make_args, tokenizer, kind, options):
 def test_weights_carry_no_gradient(make_args, tokenizer):
     # With all weights at a bound the weighted gradient is the bound times the plain one, if nothing flows through them
     rows = make_rows(seed=3, count=4, with_persona=1.0)
-    _, plain = one_sgd_step(make_args, tokenizer, "llama", rows, token_weighting="uniform", per_device_train_batch_size=4)
+    _, plain = one_sgd_step(
+        make_args, tokenizer, "llama", rows, token_weighting="uniform", per_device_train_batch_size=4
+    )
     bounds = {"weight_clip_min": 3.0, "weight_clip_max": 3.0}
     _, tripled = one_sgd_step(make_args, tokenizer, "llama", rows, per_device_train_batch_size=4, **bounds)
     assert_close(tripled, {name: 3 * value.double() for name, value in plain.items()}, relative=1e-5)
@@ -138,7 +146,12 @@ def test_uniform_is_sft_bit_for_bit_over_20_steps(make_args, tokenizer, tmp_path
     from peft import LoraConfig
 
     rows = make_rows(seed=4, count=24)
-    common = {"max_steps": 20, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
+    common = {
+        "max_steps": 20,
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+    }
     peft = {"peft_config": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)} if lora else {}
     ours = PerCETrainer(
         make_tiny_model("qwen3"),
@@ -166,7 +179,9 @@ def test_perce_with_all_weights_one_is_sft_too(make_args, tokenizer):
     rows = make_rows(seed=4, count=8)
     ones = {"weight_clip_min": 1.0, "weight_clip_max": 1.0}
     logs, gradients = one_sgd_step(make_args, tokenizer, "qwen3", rows, per_device_train_batch_size=8, **ones)
-    same, plain = one_sgd_step(make_args, tokenizer, "qwen3", rows, per_device_train_batch_size=8, token_weighting="uniform")
+    same, plain = one_sgd_step(
+        make_args, tokenizer, "qwen3", rows, per_device_train_batch_size=8, token_weighting="uniform"
+    )
     assert logs["loss"] == same["loss"] and logs["nll"] == pytest.approx(same["loss"])
     assert all(torch.equal(gradients[name], plain[name]) for name in plain)
 
@@ -251,7 +266,10 @@ def test_trained_tokens_of_the_persona_itself_have_weight_one(make_args, tokeniz
     dataset = Dataset.from_list([{**tokenized, "labels": tokenized["input_ids"]}])
     model = make_tiny_model("llama")
     trainer = PerCETrainer(
-        model, make_args(max_length=None, max_steps=1, learning_rate=0.0), train_dataset=dataset, processing_class=tokenizer
+        model,
+        make_args(max_length=None, max_steps=1, learning_rate=0.0),
+        train_dataset=dataset,
+        processing_class=tokenizer,
     )
     trainer.train()
     double, ids = make_tiny_model("llama").double().eval(), tokenized["input_ids"]

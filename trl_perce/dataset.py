@@ -86,17 +86,23 @@ def mark_dataset(dataset, name: str, args, formatting_func=None):
     )
 
 
-def count_personas(dataset) -> tuple[int, int]:
+def count_personas(dataset, name: str, args) -> int:
     """
-    Count the rows with a persona and the rows.
+    Count the rows with a persona, and log how many have none.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): From [`mark_dataset`].
+        name (`str`): What to call it in messages; `"train"` is the one that must have a persona.
+        args ([`PerCEConfig`]): Gives the weighting and the markers.
 
     Returns:
-        `tuple[int, int]`: Rows with a persona, and rows; of a streaming dataset those among its first 100.
+        `int`: Rows with a persona; of a streaming dataset those among its first 100.
+
+    Raises:
+        `PersonaError`: PerCE would train on a dataset in which no row has a persona.
     """
-    if isinstance(dataset, IterableDataset):
+    streaming = isinstance(dataset, IterableDataset)
+    if streaming:
         flags = [has_persona(example) for example in dataset.take(_STREAMING_SAMPLE)]
     elif SPANS_COLUMN in dataset.column_names:
         flags = [spans != "[]" for spans in dataset[SPANS_COLUMN]]
@@ -104,7 +110,21 @@ def count_personas(dataset) -> tuple[int, int]:
         flags = [any(mask) for mask in dataset["persona_mask"]]
     else:
         flags = [False] * len(dataset)
-    return sum(flags), len(flags)
+    found, rows = sum(flags), len(flags)
+    if args.token_weighting == "perce" and found == 0:
+        message = f"{name} dataset: no row {f'of the first {rows} ' if streaming else ''}has a persona."
+        if name == "train":
+            raise PersonaError(
+                f"{message} Write {args.persona_start_marker}…{args.persona_end_marker} around the persona in the prompt, "
+                "or add a column 'persona' and write {persona} where it belongs. To train plain CE, set "
+                "`token_weighting='uniform'`."
+            )
+        logger.warning(f"{message} Its loss is plain CE.")
+    elif args.token_weighting == "perce" and found < rows and not streaming:
+        logger.warning(
+            f"{name} dataset: {rows - found} of {rows} rows have no persona and count as plain CE (weight 1)."
+        )
+    return found
 
 
 def has_persona(example: dict[str, Any]) -> bool:
@@ -171,7 +191,7 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, cha
     )
     report = _TrimReport(name, args.max_length)
     if isinstance(dataset, IterableDataset):
-        dataset = dataset.filter(report.keeps)
+        dataset = dataset.filter(report.keeps, with_indices=True)
     else:
         report.add(dataset[_TRIMMED_COLUMN], dataset[_FATE_COLUMN])
         report.log()
@@ -201,8 +221,9 @@ class _TrimReport:
                 self.trimmed_rows += tokens > 0
                 self.trimmed_tokens += tokens
 
-    def keeps(self, example: dict[str, Any]) -> bool:
-        self.add([example[_TRIMMED_COLUMN]], [example[_FATE_COLUMN]])
+    def keeps(self, example: dict[str, Any], index: int) -> bool:
+        if index >= self.rows:  # not yet counted by an earlier pass over the stream
+            self.add([example[_TRIMMED_COLUMN]], [example[_FATE_COLUMN]])
         if self.trimmed_rows + self.left_out + self.cut >= self._next_log:
             self._next_log *= 10
             self.log()
@@ -316,7 +337,9 @@ def _mask_row(
 def _check_same_tokens(ids: list[int], trl_ids: list[int], tokenizer) -> None:
     if ids == trl_ids:
         return
-    first = next((i for i, (a, b) in enumerate(zip(ids, trl_ids, strict=False)) if a != b), min(len(ids), len(trl_ids)))
+    first = next(
+        (i for i, (a, b) in enumerate(zip(ids, trl_ids, strict=False)) if a != b), min(len(ids), len(trl_ids))
+    )
     raise PersonaError(
         f"the persona cannot be aligned: the row's text gives other tokens than TRL's tokenization, from token {first} on "
         f"({tokenizer.decode(ids[first : first + 5])!r} instead of {tokenizer.decode(trl_ids[first : first + 5])!r}). The "

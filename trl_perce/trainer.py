@@ -25,7 +25,6 @@ from trl.trainer.utils import get_config_model_id
 from .collator import DataCollatorForPerCE
 from .config import PerCEConfig
 from .dataset import add_persona_mask, check_rendering, count_personas, mark_dataset
-from .persona import PersonaError
 from .weighting import entropy_weights, loss_weights, normalize_weights, perce_weights, personal_influence_ratio
 
 
@@ -138,15 +137,14 @@ class PerCETrainer(SFTTrainer):
         # Before the model loads: find the personas, and try the chat template on one of them.
         if _is_prepared_by_trl(train_dataset, args):
             formatting_func = kwargs.get("formatting_func")
-            train_dataset = mark_dataset(train_dataset, "train", args, formatting_func)
-            found, rows = count_personas(train_dataset)
-            _check_found(found, rows, train_dataset, args)
+            train_dataset, found = _mark_and_count(train_dataset, "train", args, formatting_func)
             if isinstance(eval_dataset, dict):
                 eval_dataset = {
-                    name: mark_dataset(dataset, name, args, formatting_func) for name, dataset in eval_dataset.items()
+                    name: _mark_and_count(dataset, name, args, formatting_func)[0]
+                    for name, dataset in eval_dataset.items()
                 }
             elif eval_dataset is not None:
-                eval_dataset = mark_dataset(eval_dataset, "eval", args, formatting_func)
+                eval_dataset, _ = _mark_and_count(eval_dataset, "eval", args, formatting_func)
             if found:
                 processing_class = _load_tokenizer(model, args, processing_class)
                 if processing_class is not None:
@@ -169,7 +167,7 @@ class PerCETrainer(SFTTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if not self._marked_ahead:
-            dataset = mark_dataset(dataset, dataset_name, args, formatting_func)
+            dataset, _ = _mark_and_count(dataset, dataset_name, args, formatting_func)
         # TRL tokenizes and builds the labels; it truncates behind us, when the persona has been trimmed
         whole = _copy_with(args, max_length=None, shuffle_dataset=False)
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, None, dataset_name)
@@ -273,6 +271,11 @@ class PerCETrainer(SFTTrainer):
         super().log(logs, start_time)
 
 
+def _mark_and_count(dataset, name: str, args: PerCEConfig, formatting_func):
+    dataset = mark_dataset(dataset, name, args, formatting_func)
+    return dataset, count_personas(dataset, name, args)
+
+
 def _check_arguments(model, args: PerCEConfig, data_collator, kwargs: dict[str, Any]) -> None:
     peft_config = kwargs.get("peft_config")
     targets = getattr(peft_config, "target_modules", None) or ()
@@ -297,7 +300,11 @@ def _check_arguments(model, args: PerCEConfig, data_collator, kwargs: dict[str, 
             f"`packing` and `padding_free` do not go with `token_weighting='{args.token_weighting}'` yet. Set them to "
             "`False`, or `token_weighting='uniform'`."
         )
-    if args.token_weighting == "perce" and data_collator is not None and not isinstance(data_collator, DataCollatorForPerCE):
+    if (
+        args.token_weighting == "perce"
+        and data_collator is not None
+        and not isinstance(data_collator, DataCollatorForPerCE)
+    ):
         raise ValueError(
             f"`data_collator` is a `{type(data_collator).__name__}`, which does not build the counterfactual pass. Pass a "
             "`DataCollatorForPerCE` or none."
@@ -326,18 +333,6 @@ def _is_prepared_by_trl(train_dataset, args: PerCEConfig) -> bool:
             )
         return False
     return True
-
-
-def _check_found(found: int, rows: int, dataset, args: PerCEConfig) -> None:
-    streaming = getattr(dataset, "num_rows", None) is None
-    if found == 0 and args.token_weighting == "perce":
-        raise PersonaError(
-            f"no row of the {'first ' if streaming else ''}{rows} rows of the train dataset has a persona. Write "
-            f"{args.persona_start_marker}…{args.persona_end_marker} around the persona in the prompt, or add a column "
-            "'persona' and write {persona} where it belongs. To train plain CE, set `token_weighting='uniform'`."
-        )
-    if found and not streaming and found < rows:
-        logger.warning(f"train dataset: {rows - found} of {rows} rows have no persona and train as plain CE (weight 1).")
 
 
 def _load_tokenizer(model, args: PerCEConfig, processing_class):

@@ -13,7 +13,7 @@
 """
 `trl-perce train`: the PerCE counterpart of `trl sft`.
 
-    trl-perce train --config recipes/SmolLM2-135M-Instruct/persona-qa/config_lora.yaml --learning_rate 1e-4
+    trl-perce train --config recipes/SmolLM2-135M-Instruct/persona_qa/config_lora.yaml --learning_rate 1e-4
 """
 
 import difflib
@@ -61,8 +61,8 @@ def run(argv: list[str]) -> int:
     parser = make_parser()
     try:
         _check_config_keys(parser, argv)
-        script_args, training_args, model_args, dataset_args, of_config, of_command_line = parser.parse_args_and_config(
-            argv, return_remaining_strings=True, separate_remaining_strings=True
+        script_args, training_args, model_args, dataset_args, of_config, of_command_line = (
+            parser.parse_args_and_config(argv, return_remaining_strings=True, separate_remaining_strings=True)
         )
         launch_args = resolve_accelerate_config_argument(of_config + of_command_line)
         _check_launch_args(parser, launch_args)
@@ -129,7 +129,9 @@ def main(script_args, training_args, model_args, dataset_args) -> None:
     checkpoint = training_args.resume_from_checkpoint
     if str(checkpoint).lower() == "true":
         checkpoint = get_last_checkpoint(training_args.output_dir) if Path(training_args.output_dir).is_dir() else None
-        trainer.accelerator.print(f"Resuming from {checkpoint}." if checkpoint else "No checkpoint yet: starting anew.")
+        trainer.accelerator.print(
+            f"Resuming from {checkpoint}." if checkpoint else "No checkpoint yet: starting anew."
+        )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.accelerator.print("✅ Training completed.")
     trainer.save_model(training_args.output_dir)
@@ -181,14 +183,18 @@ def _check_script_args(script_args, model_args, dataset_args) -> None:
     name = script_args.dataset_name
     if dataset_args.datasets or name is None:
         if not dataset_args.datasets:
-            raise ValueError("`dataset_name` (or `datasets`) is missing. Write a data file, a folder, or a name on the Hub.")
+            raise ValueError(
+                "`dataset_name` (or `datasets`) is missing. Write a data file, a folder, or a name on the Hub."
+            )
         return
     path = Path(name).expanduser()
-    is_path = name.startswith(("/", "./", "../", "~")) or _builder(path) is not None
+    is_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or _builder(path) is not None
     if is_path and not path.exists():
         raise FileNotFoundError(f"`dataset_name`: there is no file or folder {name!r} (seen from {os.getcwd()}).")
     if path.is_file() and _builder(path) is None:
-        raise ValueError(f"`dataset_name`: {name!r} is not one of the known kinds of data file: {', '.join(_BUILDERS)}.")
+        raise ValueError(
+            f"`dataset_name`: {name!r} is not one of the known kinds of data file: {', '.join(_BUILDERS)}."
+        )
 
 
 def _check_config_keys(parser, argv: list[str]) -> None:

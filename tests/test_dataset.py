@@ -1,0 +1,280 @@
+"""Every dataset type of TRL's SFT: TRL's own tokens and labels, and a mask that holds exactly the persona."""
+
+import copy
+import logging
+
+import pytest
+from datasets import Dataset, IterableDataset
+from trl import SFTConfig, SFTTrainer
+
+from conftest import make_tiny_model
+from trl_perce import PerCETrainer, PersonaError
+
+
+PERSONA = "I sew dresses 🧵"
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+# name → (row with a mark, the row as TRL alone would get it, options)
+TYPES = {
+    "prompt-completion": (
+        {"prompt": "Me: <persona>{}</persona> What?", "completion": " A needle."},
+        {"prompt": "Me: {} What?", "completion": " A needle."},
+        {},
+    ),
+    "column": (
+        {"prompt": "Me: {{persona}} What {{else}}?", "completion": " A needle.", "persona": "{}"},
+        {"prompt": "Me: {} What {{else}}?", "completion": " A needle."},
+        {},
+    ),
+    "conversational prompt-completion": (
+        {"prompt": [user("Me: <persona>{}</persona>\nWhat?")], "completion": [assistant("A needle.")]},
+        {"prompt": [user("Me: {}\nWhat?")], "completion": [assistant("A needle.")]},
+        {},
+    ),
+    "conversational column": (
+        {"prompt": [user("Me: {{persona}}\nWhat?")], "completion": [assistant("A needle.")], "persona": "{}"},
+        {"prompt": [user("Me: {}\nWhat?")], "completion": [assistant("A needle.")]},
+        {},
+    ),
+    "messages, many turns, assistant only": (
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                user("<persona>{}</persona>"),
+                assistant("Hello."),
+                user("And <persona>{}</persona>, what?"),
+                assistant("A needle."),
+            ]
+        },
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                user("{}"),
+                assistant("Hello."),
+                user("And {}, what?"),
+                assistant("A needle."),
+            ]
+        },
+        {"assistant_only_loss": True},
+    ),
+    "messages, all trained": (
+        {"messages": [user("<persona>{}</persona> what?"), assistant("A needle.")]},
+        {"messages": [user("{} what?"), assistant("A needle.")]},
+        {},
+    ),
+    "sharegpt": (
+        {"conversations": [{"from": "user", "value": "<persona>{}</persona> x"}, {"from": "assistant", "value": "y"}]},
+        {"conversations": [{"from": "user", "value": "{} x"}, {"from": "assistant", "value": "y"}]},
+        {},
+    ),
+    "text": ({"text": "Me: <persona>{}</persona> what? A needle."}, {"text": "Me: {} what? A needle."}, {}),
+    "text field": (
+        {"body": "Me: <persona>{}</persona> what? A needle."},
+        {"body": "Me: {} what? A needle."},
+        {"dataset_text_field": "body"},
+    ),
+    "own markers": (
+        {"text": "Me: [[{}]] what? <persona> is text here."},
+        {"text": "Me: {} what? <persona> is text here."},
+        {"persona_start_marker": "[[", "persona_end_marker": "]]"},
+    ),
+}
+GENERATION = (  # the tests' ChatML with the markers that `assistant_only_loss` needs
+    "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n'}}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def fill(value, persona):
+    if isinstance(value, str):
+        return value.format(persona)
+    if isinstance(value, list):
+        return [fill(item, persona) for item in value]
+    return {key: fill(item, persona) for key, item in value.items()}
+
+
+@pytest.fixture
+def prepare(make_args, tokenizer, tmp_path):
+    def run(cls, rows, dataset=Dataset.from_list, **kwargs):
+        if kwargs.get("assistant_only_loss"):
+            template = tmp_path / "generation.jinja"
+            template.write_text(GENERATION)
+            kwargs["chat_template_path"] = str(template)
+        extra = {key: kwargs.pop(key) for key in ("eval_dataset", "formatting_func") if key in kwargs}
+        config = {} if cls is PerCETrainer else {"cls": SFTConfig}
+        args = make_args(**config, **{"max_length": None, **kwargs})
+        return cls(
+            make_tiny_model("llama"),
+            args,
+            train_dataset=dataset(rows),
+            processing_class=copy.deepcopy(tokenizer),
+            **extra,
+        )
+
+    return run
+
+
+def decoded_persona(row, tokenizer):
+    return tokenizer.decode([t for t, m in zip(row["input_ids"], row["persona_mask"], strict=True) if m])
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "streaming"])
+def test_types(prepare, tokenizer, name, streaming):
+    marked, clean, options = TYPES[name]
+    personas = [PERSONA, "linen, and dresses  too ", "x"]
+    options = {**options, **({"max_steps": 1} if streaming else {})}
+    as_dataset = (lambda rows: Dataset.from_list(rows).to_iterable_dataset()) if streaming else Dataset.from_list
+    ours = prepare(PerCETrainer, [fill(marked, p) for p in personas], as_dataset, **options)
+    theirs = prepare(
+        SFTTrainer,
+        [fill(clean, p) for p in personas],
+        as_dataset,
+        **{key: value for key, value in options.items() if not key.startswith("persona_")},
+    )
+    count = sum(str(marked).count(mark) for mark in ("<persona>{}", "[[{}", "{{persona}}"))
+    rows = list(zip(ours.train_dataset, theirs.train_dataset, personas, strict=True))
+    assert len(rows) == 3
+    for row, expected, persona in rows:
+        assert row["input_ids"] == expected["input_ids"]
+        assert row["labels"] == expected["labels"]
+        assert "".join(decoded_persona(row, tokenizer).split()) == "".join(persona.split()) * count
+    # One batch goes through the collator and the model
+    assert ours.compute_loss(ours.model, next(iter(ours.get_train_dataloader()))).isfinite()
+
+
+def test_a_dict_of_eval_sets_and_evaluate_on_fresh_rows(prepare, tokenizer, caplog):
+    row = {"prompt": f"Me: <persona>{PERSONA}</persona> What?", "completion": " A needle."}
+    plain = {"prompt": "What?", "completion": " A needle."}
+    trainer = prepare(
+        PerCETrainer,
+        [row],
+        eval_dataset={"personal": Dataset.from_list([row, plain]), "plain": Dataset.from_list([plain])},
+    )
+    assert "plain dataset: no row has a persona" in caplog.text
+    assert decoded_persona(trainer.eval_dataset["personal"][0], tokenizer).strip() == PERSONA
+    metrics = trainer.evaluate()
+    assert {"eval_personal_loss", "eval_plain_loss"} <= metrics.keys()
+    before = metrics["eval_personal_loss"]
+    # Rows that were not seen by `__init__`, raw and already prepared
+    assert trainer.evaluate(Dataset.from_list([row, plain]))["eval_loss"] == pytest.approx(before)
+    assert trainer.evaluate(trainer.eval_dataset["personal"])["eval_loss"] == pytest.approx(before)
+
+
+def test_a_formatting_function_may_write_the_markers(prepare, tokenizer):
+    trainer = prepare(
+        PerCETrainer,
+        [{"who": PERSONA, "question": "What?", "answer": "A needle."}],
+        formatting_func=lambda row: f"Me: <persona>{row['who']}</persona> {row['question']} {row['answer']}",
+    )
+    (row,) = trainer.train_dataset
+    assert tokenizer.decode(row["input_ids"]) == f"Me: {PERSONA} What? A needle.<|im_end|>"
+    assert decoded_persona(row, tokenizer).strip() == PERSONA
+
+
+def test_rows_without_a_persona_are_counted(prepare, caplog):
+    rows = [{"text": "<persona>I sew</persona> x"}, {"text": "y z"}, {"text": "z y"}]
+    prepare(PerCETrainer, rows)
+    assert "2 of 3 rows have no persona and count as plain CE" in caplog.text
+
+
+def test_two_processes_prepare_the_same_rows(prepare):
+    rows = [{"text": f"{'<persona>I sew</persona>' * (i % 2)} number {i}"} for i in range(8)]
+    one, two = (prepare(PerCETrainer, rows, dataset_num_proc=n).train_dataset for n in (None, 2))
+    assert one.to_list() == two.to_list()
+
+
+# ── max_length ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tokenized(before, persona, after, response):
+    size = before + persona + after + response
+    return {
+        "input_ids": list(range(4, 4 + size)),
+        "labels": [-100] * (size - response) + list(range(4 + size - response, 4 + size)),
+        "persona_mask": [0] * before + [1] * persona + [0] * (after + response),
+    }
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "streaming"])
+def test_a_long_row_loses_persona_tokens_from_the_end(prepare, caplog, streaming):
+    caplog.set_level(logging.WARNING)
+    rows = [
+        tokenized(2, 3, 2, 3),  # 10: fits
+        tokenized(2, 20, 2, 3),  # 27: keeps 3 of 20
+        tokenized(3, 5, 4, 3),  # 15: its persona leaves altogether
+        tokenized(6, 5, 4, 3),  # 18: does not fit without its persona
+        tokenized(8, 0, 1, 3),  # 12: no persona to trim
+    ]
+    as_dataset = (lambda rows: Dataset.from_list(rows).to_iterable_dataset()) if streaming else Dataset.from_list
+    options = {"max_steps": 1} if streaming else {}
+    trainer = prepare(PerCETrainer, rows, as_dataset, max_length=10, **options)
+    got = list(trainer.train_dataset)
+    assert [len(row["input_ids"]) for row in got] == [10, 10, 10, 10]
+    assert got[0]["input_ids"] == rows[0]["input_ids"]
+    ids = rows[1]["input_ids"]
+    assert got[1]["input_ids"] == ids[:5] + ids[22:] and got[1]["persona_mask"] == [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
+    assert got[1]["labels"] == [-100] * 7 + ids[-3:]
+    assert got[2]["input_ids"] == rows[2]["input_ids"][:3] + rows[2]["input_ids"][8:] and not any(
+        got[2]["persona_mask"]
+    )
+    assert got[3]["input_ids"] == rows[4]["input_ids"][:10] and got[3]["persona_mask"] == [0] * 10  # TRL's truncation
+    if not streaming:
+        assert "trimmed the persona of 2 of 5 rows, by 22 tokens in all, to fit into `max_length=10`" in caplog.text
+        assert "left out 1 of 5 rows, whose question and response alone are longer" in caplog.text
+        assert "1 of 5 rows are longer than `max_length=10` and no persona may be trimmed" in caplog.text
+    else:  # counts as it goes: at the first row that does not fit
+        assert "trimmed the persona of 1 of 2 rows, by 17 tokens in all" in caplog.text
+
+
+def test_truncate_persona_off_leaves_the_row_to_trl(prepare):
+    row = tokenized(2, 6, 2, 3)
+    trainer = prepare(PerCETrainer, [row], max_length=11, truncate_persona=False)
+    (got,) = trainer.train_dataset
+    assert got["input_ids"] == row["input_ids"][:11]
+    assert got["labels"] == row["labels"][:11] and got["persona_mask"] == row["persona_mask"][:11]
+
+
+def test_trimming_from_text_keeps_question_and_response(prepare, tokenizer):
+    row = {"prompt": f"Me: <persona>{'I sew dresses. ' * 50}</persona>\nWhat?", "completion": " A new needle."}
+    trainer = prepare(PerCETrainer, [row], max_length=40)
+    (got,) = trainer.train_dataset
+    text = tokenizer.decode(got["input_ids"])
+    assert len(got["input_ids"]) == 40
+    assert text.startswith("Me: I sew dresses. I sew") and text.endswith("\nWhat? A new needle.<|im_end|>")
+
+
+def test_no_row_fits(prepare):
+    with pytest.raises(PersonaError, match="no row fits into `max_length=5` without its persona"):
+        prepare(PerCETrainer, [tokenized(2, 3, 2, 3)], max_length=5)
+
+
+def test_rows_that_skip_preparation(prepare):
+    rows = [tokenized(2, 3, 2, 3)]
+    trainer = prepare(PerCETrainer, rows, dataset_kwargs={"skip_prepare_dataset": True})
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["counterfactual_input_ids"].tolist() == [[4, 5, 9, 10, 11, 12, 13]]
+    with pytest.raises(ValueError, match="needs a dataset with the columns 'input_ids', 'labels' and 'persona_mask'"):
+        rows = [{key: value for key, value in rows[0].items() if key != "persona_mask"}]
+        prepare(PerCETrainer, rows, dataset_kwargs={"skip_prepare_dataset": True})
+
+
+def test_streaming_from_a_generator(prepare, tokenizer):
+    def generate():
+        for index in range(5):
+            yield {"prompt": f"Me: <persona>I sew {index}</persona> What?", "completion": " A needle."}
+
+    trainer = prepare(PerCETrainer, None, lambda _: IterableDataset.from_generator(generate), max_steps=2)
+    assert [decoded_persona(row, tokenizer).strip() for row in trainer.train_dataset] == [
+        f"I sew {i}" for i in range(5)
+    ]
+    trainer.train()
