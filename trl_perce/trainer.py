@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from bitsandbytes.nn import Linear4bit
 from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
@@ -156,6 +157,7 @@ class PerCETrainer(SFTTrainer):
             model, args, data_collator, train_dataset, eval_dataset, processing_class, *positional, **kwargs
         )
         self._marked_ahead = False
+        _keep_4bit_weights_trainable_on_cpu(self.model)
 
         # The collator that TRL built, with both passes
         if args.token_weighting == "perce" and data_collator is None:
@@ -309,6 +311,22 @@ def _check_arguments(model, args: PerCEConfig, data_collator, kwargs: dict[str, 
             f"`data_collator` is a `{type(data_collator).__name__}`, which does not build the counterfactual pass. Pass a "
             "`DataCollatorForPerCE` or none."
         )
+
+
+def _keep_4bit_weights_trainable_on_cpu(model) -> None:
+    """
+    Stop bitsandbytes from packing 4-bit weights for inference on the first forward pass in evaluation mode, on CPUs with
+    AVX512-BF16. The packed weights stay when training goes on, and have no backward pass (bitsandbytes 0.50.2): all
+    gradients behind the first such layer would silently be wrong.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                raise ValueError(
+                    "The 4-bit model has been evaluated on CPU, which packed its weights so that they cannot be trained. "
+                    "Load the model anew and do not run it before the trainer has it."
+                )
+            module.support_avx512bf16_for_cpu = False
 
 
 def _is_prepared_by_trl(train_dataset, args: PerCEConfig) -> bool:
