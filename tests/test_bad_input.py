@@ -1,5 +1,6 @@
 """Bad input is told before the model loads: the model named here does not exist, so loading it would be another error."""
 
+import copy
 import json
 import os
 import subprocess
@@ -22,7 +23,8 @@ GOOD = {"prompt": "Me: <persona>I sew</persona> What?", "completion": "A needle.
 
 @pytest.fixture
 def attempt(make_args, tokenizer):
-    def run(rows, model="/no/such/model", processing_class=tokenizer, trainer_kwargs=None, **kwargs):
+    def run(rows, model="/no/such/model", processing_class=None, trainer_kwargs=None, **kwargs):
+        processing_class = processing_class or copy.deepcopy(tokenizer)  # the trainer may set its chat template
         dataset = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
         return PerCETrainer(
             model,

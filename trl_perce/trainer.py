@@ -148,9 +148,8 @@ class PerCETrainer(SFTTrainer):
                 eval_dataset, _ = _mark_and_count(eval_dataset, "eval", args, formatting_func)
             if found:
                 processing_class = _load_tokenizer(model, args, processing_class)
-                if processing_class is not None:
-                    template = _chat_template(args)
-                    check_rendering(train_dataset, "train", processing_class, template, args.dataset_text_field)
+                template = _chat_template(args)
+                check_rendering(train_dataset, "train", processing_class, template, args.dataset_text_field)
 
         self._marked_ahead = True  # what `SFTTrainer.__init__` prepares is marked, what `evaluate` prepares is not
         super().__init__(
@@ -236,12 +235,11 @@ class PerCETrainer(SFTTrainer):
 
         mode = "train" if self.model.training else "eval"
         counterfactual_mask = counterfactual.get("counterfactual_attention_mask", log_probs[:0])
-        factual_mask = inputs.get("attention_mask", inputs["input_ids"].new_ones(()).expand_as(inputs["input_ids"]))
         sums = [
             *(log_probs.numel(), -log_probs.sum(), weights.sum()),
             *((weights <= bounds[0]).sum(), (weights >= bounds[1]).sum()),
             *(pir.numel(), pir.sum(), (pir > 1).sum()),
-            *(counterfactual_mask.sum(), factual_mask.sum()),
+            *(counterfactual_mask.sum(), inputs["attention_mask"].sum()),
         ]
         self._token_sums[mode].append(torch.stack([torch.as_tensor(x, device=log_probs.device).float() for x in sums]))
 
@@ -354,18 +352,19 @@ def _is_prepared_by_trl(train_dataset, args: PerCEConfig) -> bool:
 
 
 def _load_tokenizer(model, args: PerCEConfig, processing_class):
-    """The tokenizer of the run as far as it is known before the model is loaded; `None` if it is not."""
-    if processing_class is None and isinstance(model, str):
+    """The tokenizer of the run, loaded as `SFTTrainer` would once it has the model."""
+    if processing_class is None:
+        by_name = isinstance(model, str)
         processing_class = AutoProcessor.from_pretrained(
-            model,
-            revision=(args.model_init_kwargs or {}).get("revision"),
+            model if by_name else get_config_model_id(model.config),
+            revision=(args.model_init_kwargs or {}).get("revision") if by_name else None,
             trust_remote_code=args.trust_remote_code,
         )
     if isinstance(processing_class, ProcessorMixin):  # a vision-language model, of which only the text is trained
         tokenizer = processing_class.tokenizer
         tokenizer.chat_template = tokenizer.chat_template or processing_class.chat_template
         processing_class = tokenizer
-    if processing_class is not None and not processing_class.is_fast:
+    if not processing_class.is_fast:
         raise ValueError(
             f"The tokenizer ({type(processing_class).__name__}) gives no character offsets, without which the persona's "
             "tokens cannot be told. Use a fast tokenizer (one that is backed by the `tokenizers` library)."

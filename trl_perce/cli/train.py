@@ -80,7 +80,7 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def main(script_args, training_args, model_args, dataset_args) -> None:
+def main(script_args, training_args, model_args, dataset_args):
     """
     Train in this process, as `trl/scripts/sft.py` does.
 
@@ -89,6 +89,9 @@ def main(script_args, training_args, model_args, dataset_args) -> None:
         training_args ([`PerCEConfig`]): Configuration of the trainer.
         model_args ([`~trl.ModelConfig`]): Says which model, adapter and quantization.
         dataset_args ([`~trl.DatasetMixtureConfig`]): Says which mixture of datasets, if any.
+
+    Returns:
+        [`PerCETrainer`]: The trainer, done and saved.
     """
     import transformers
     from packaging.version import Version
@@ -142,6 +145,7 @@ def main(script_args, training_args, model_args, dataset_args) -> None:
         trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
     if Version(transformers.__version__) >= Version("5.18.0"):
         trainer.end()  # finishes the trackers and the process group
+    return trainer
 
 
 def load_data(script_args, dataset_args):

