@@ -1,0 +1,106 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+What PerCE costs over TRL's own SFT: step times and peak memory of `token_weighting: uniform` (TRL's SFT) and `perce`, in one
+process, on the same rows, interleaved A B A B. Prints medians and their ratio.
+
+    python examples/step_time.py --config recipes/SmolLM2-135M-Instruct/persona_qa/config_lora.yaml \
+        --model_name_or_path .cache/SmolLM2-135M-Instruct --dataset_name data/product_review --max_length 1024
+
+Takes the arguments of `trl-perce train`; `--max_steps` (default 4) is the number of steps a round, the first of which does
+not count, and there are 3 rounds. Linux only (it reads /proc).
+"""
+
+import copy
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from transformers import TrainerCallback
+from trl import get_peft_config, get_quantization_config
+
+from trl_perce import PerCETrainer
+from trl_perce.cli.train import load_data, make_parser
+
+
+ROUNDS = 3
+
+
+class StepTimes(TrainerCallback):
+    """Notes the seconds of each optimizer step."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self.started)
+
+
+def peak_memory(reset: bool = False) -> float:
+    """Peak resident memory in MiB since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def main() -> None:
+    script_args, training_args, model_args, dataset_args = make_parser().parse_args_and_config(sys.argv[1:])
+    training_args.model_init_kwargs = {"dtype": model_args.dtype}
+    training_args.eval_strategy = training_args.save_strategy = "no"
+    training_args.logging_steps = training_args.max_steps = (
+        4 if training_args.max_steps < 0 else training_args.max_steps
+    )
+    training_args.disable_tqdm = True
+    dataset = load_data(script_args, dataset_args)[script_args.dataset_train_split]
+
+    trainers, times, memory, tokens = {}, {}, {}, 0
+    for weighting in ("uniform", "perce"):
+        args = copy.copy(training_args)
+        args.token_weighting = weighting
+        times[weighting] = StepTimes()
+        trainers[weighting] = PerCETrainer(
+            model_args.model_name_or_path,
+            args,
+            train_dataset=dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+            callbacks=[times[weighting]],
+        )
+    counted = {weighting: [] for weighting in trainers}
+    for _ in range(ROUNDS):
+        for weighting, trainer in trainers.items():
+            times[weighting].seconds.clear()
+            peak_memory(reset=True)
+            trainer.train()
+            memory[weighting] = max(memory.get(weighting, 0), peak_memory())
+            counted[weighting] += times[weighting].seconds[1:]
+            tokens = trainer.state.log_history[-2]["num_tokens"] / trainer.state.global_step
+
+    median = {weighting: statistics.median(seconds) for weighting, seconds in counted.items()}
+    print(f"\n{'':10}{'s/step':>10}{'tokens/s':>10}{'peak MiB':>10}   ({len(counted['perce'])} steps each)")
+    for weighting, seconds in median.items():
+        print(f"{weighting:10}{seconds:10.3f}{tokens / seconds:10.0f}{memory[weighting]:10.0f}")
+    log = next(log for log in trainers["perce"].state.log_history if "counterfactual/token_ratio" in log)
+    print(
+        f"step-time ratio {median['perce'] / median['uniform']:.3f}, peak-memory ratio {memory['perce'] / memory['uniform']:.3f}"
+    )
+    print(f"counterfactual tokens over factual ones {log['counterfactual/token_ratio']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
