@@ -178,9 +178,9 @@ def test_the_config_of_another_trainer(tokenizer):
 def test_a_persona_mask_that_does_not_fit(attempt):
     rows = [{"input_ids": [5, 6], "labels": [5, 6], "persona_mask": [1, 0]}] * 2
     with pytest.raises(PersonaError, match="row 1: 'persona_mask' must be a list of 0 and 1 as long as 'input_ids'"):
-        attempt([rows[0], {**rows[1], "persona_mask": [1]}])
+        attempt([rows[0], {**rows[1], "persona_mask": [1]}], model=make_tiny_model("llama"))
     with pytest.raises(PersonaError, match=r"row 0: .* got 2 values from \[1, 2\]"):
-        attempt([{**rows[0], "persona_mask": [1, 2]}])
+        attempt([{**rows[0], "persona_mask": [1, 2]}], model=make_tiny_model("llama"))
 
 
 def test_a_template_that_rewrites_the_text_is_an_error_and_never_a_shifted_mask(attempt, tmp_path):

@@ -43,8 +43,7 @@ _STREAMING_SAMPLE = 100
 
 def mark_dataset(dataset, name: str, args, formatting_func=None):
     """
-    Find the persona in each row ([`~trl_perce.persona.mark_persona`]), or check the `persona_mask` of rows that are
-    already tokenized.
+    Find the persona in each row ([`~trl_perce.persona.mark_persona`]). Rows that are already tokenized stay as they are.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Any dataset type of TRL's SFT.
@@ -53,7 +52,7 @@ def mark_dataset(dataset, name: str, args, formatting_func=None):
         formatting_func (`Callable[[dict], str]`, *optional*): As in [`~trl.SFTTrainer`].
 
     Returns:
-        The dataset as TRL shall see it, with a column of spans; rows that are tokenized have `persona_mask` instead.
+        The dataset as TRL shall see it, with a column of spans.
 
     Raises:
         `ValueError`: The dataset is empty.
@@ -66,9 +65,7 @@ def mark_dataset(dataset, name: str, args, formatting_func=None):
         )
     columns = _first_row(dataset, name).keys()
     if "input_ids" in columns:
-        if "persona_mask" not in columns:
-            return dataset
-        return _map(dataset, _check_tokenized, args, f"Checking the personas of {name} dataset", {"name": name})
+        return dataset
     return _map(
         dataset,
         _mark_row,
@@ -289,17 +286,6 @@ def _mark_row(example, index, name, formatting_func, text_field, start_marker, e
     return {**example, SPANS_COLUMN: json.dumps(spans)}
 
 
-def _check_tokenized(example, index, name):
-    with _naming_row(name, index):
-        mask, ids = example["persona_mask"], example["input_ids"]
-        if mask is None or len(mask) != len(ids) or not set(mask) <= {0, 1}:
-            raise PersonaError(
-                f"'persona_mask' must be a list of 0 and 1 as long as 'input_ids' ({len(ids)} tokens), got "
-                f"{'none' if mask is None else f'{len(mask)} values from {sorted(set(mask))[:5]}'}."
-            )
-    return example
-
-
 def _mask_row(
     example, index, name, tokenizer, chat_template, text_field, max_length, truncate_persona, keep_end
 ) -> dict[str, Any]:
@@ -313,6 +299,8 @@ def _mask_row(
             mask = token_mask(encoded["offset_mapping"], char_spans)
     else:
         mask = example.get("persona_mask") or [0] * len(ids)
+        with _naming_row(name, index):
+            _check_mask(mask, ids)
 
     before, fate = len(ids), "kept"
     if max_length is not None and before > max_length:
@@ -332,6 +320,14 @@ def _mask_row(
         _TRIMMED_COLUMN: before - len(ids),
         _FATE_COLUMN: fate,
     }
+
+
+def _check_mask(mask: list[int], ids: list[int]) -> None:
+    if len(mask) != len(ids) or not set(mask) <= {0, 1}:
+        raise PersonaError(
+            f"'persona_mask' must be a list of 0 and 1 as long as 'input_ids' ({len(ids)} tokens), got {len(mask)} values "
+            f"from {sorted(set(mask))[:5]}."
+        )
 
 
 def _check_same_tokens(ids: list[int], trl_ids: list[int], tokenizer) -> None:
