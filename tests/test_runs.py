@@ -145,48 +145,26 @@ def test_a_recipe_of_trls_sft_runs_unchanged_with_uniform(tmp_path, tiny_model):
 
 # ── several processes ────────────────────────────────────────────────────────────────────────────────────────────────
 
-DISTRIBUTED = """
-import json, sys
-import torch
-from peft import LoraConfig
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl_perce import PerCEConfig, PerCETrainer
-
-folder, rows, output, batch = sys.argv[1], json.load(open(sys.argv[2])), sys.argv[3], int(sys.argv[4])
-trainer = PerCETrainer(
-    AutoModelForCausalLM.from_pretrained(folder),
-    PerCEConfig(
-        output, use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False, max_length=None, num_train_epochs=2,
-        per_device_train_batch_size=batch, gradient_accumulation_steps=2, learning_rate=0.1, optim="sgd", logging_steps=1,
-        save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant", eval_strategy="epoch", max_grad_norm=0.0,
-        train_sampling_strategy="sequential",
-    ),
-    train_dataset=Dataset.from_list(rows),
-    eval_dataset=Dataset.from_list(rows[:4]),
-    processing_class=AutoTokenizer.from_pretrained(folder),
-    peft_config=LoraConfig(r=4, target_modules="all-linear"),
-)
-trainer.train()
-trainer.save_model(output)
-if trainer.is_world_process_zero():
-    json.dump(trainer.state.log_history, open(output + "/log.json", "w"))
-"""
-
 
 def test_two_processes_give_the_loss_the_metrics_and_the_adapter_of_one(tmp_path, tiny_model):
-    script, data = tmp_path / "train.py", tmp_path / "rows.json"
-    script.write_text(DISTRIBUTED)
     # Few rows with personas: some micro-batches of one process have a counterfactual pass and the other's have none
-    rows = make_rows(seed=21, count=16, with_persona=0.3)
-    data.write_text(json.dumps([row.tokenized() for row in rows]))
-    run(sys.executable, str(script), tiny_model, str(data), str(tmp_path / "one"), "4")
-    launch = ("accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
-    launch += ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29631")
-    run(*launch, str(script), tiny_model, str(data), str(tmp_path / "two"), "2", ACCELERATE_USE_CPU="true")
+    rows = [row.tokenized() for row in make_rows(seed=21, count=16, with_persona=0.3)]
+    for split, chosen in (("train", rows), ("test", rows[:4])):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    values = {"model_name_or_path": tiny_model, "dataset_name": str(tmp_path), "eval_strategy": "epoch"}
+    values |= {"gradient_accumulation_steps": 2, "num_train_epochs": 2, "save_strategy": "epoch", "max_length": None}
+    values |= {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    config = recipe(tmp_path / "config.yaml", **values, train_sampling_strategy="sequential")
+    command = ("trl-perce", "train", "--config", config, "--output_dir")
+    run(*command, str(tmp_path / "one"), "--per_device_train_batch_size", "4")
+    launch = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+    launch += ("--dynamo_backend", "no", "--main_process_port", "29631")
+    run(*command, str(tmp_path / "two"), "--per_device_train_batch_size", "2", *launch, ACCELERATE_USE_CPU="true")
 
     assert_same_adapter(adapter_of(tmp_path / "one"), adapter_of(tmp_path / "two"), atol=1e-6)
-    one, two = (json.loads((tmp_path / name / "log.json").read_text()) for name in ("one", "two"))
+    states = [json.loads((tmp_path / n / "checkpoint-4" / "trainer_state.json").read_text()) for n in ("one", "two")]
+    assert [state["train_batch_size"] for state in states] == [4, 2]
+    one, two = (state["log_history"] for state in states)
     assert len(one) == len(two) and sum("loss" in log for log in one) == 4
     compared = 0
     for log, other in zip(one, two, strict=True):

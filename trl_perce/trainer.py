@@ -156,6 +156,13 @@ class PerCETrainer(SFTTrainer):
             model, args, data_collator, train_dataset, eval_dataset, processing_class, *positional, **kwargs
         )
         self._marked_ahead = False
+        parallelism = self.accelerator.parallelism_config
+        if args.token_weighting != "uniform" and parallelism is not None:
+            if parallelism.cp_enabled or parallelism.sp_enabled:
+                raise ValueError(
+                    f"`token_weighting='{args.token_weighting}'` does not go with context or sequence parallelism, which cut "
+                    "rows apart. Set `cp_size` and `sp_size` to 1, or `token_weighting='uniform'`."
+                )
         _keep_4bit_weights_trainable_on_cpu(self.model)
 
         # The collator that TRL built, with both passes
