@@ -19,6 +19,7 @@
 import difflib
 import os
 import sys
+import time
 from pathlib import Path
 
 
@@ -145,6 +146,10 @@ def main(script_args, training_args, model_args, dataset_args):
         trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
     if Version(transformers.__version__) >= Version("5.18.0"):
         trainer.end()  # finishes the trackers and the process group
+        if trainer.accelerator.num_processes > 1:
+            # Gloo's thread needs the GIL to drop its last tensors. If the group's destructor, which waits for that thread
+            # and holds the GIL, came first, both would wait forever (torch 2.13): let the thread go ahead.
+            time.sleep(1)
     return trainer
 
 
