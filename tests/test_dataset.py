@@ -278,3 +278,10 @@ def test_streaming_from_a_generator(prepare, tokenizer):
         f"I sew {i}" for i in range(5)
     ]
     trainer.train()
+
+
+def test_batches_are_not_dispatched(prepare, caplog):
+    rows = [tokenized(2, 3, 2, 3)]
+    trainer = prepare(PerCETrainer, rows, accelerator_config={"dispatch_batches": True})
+    assert trainer.accelerator.dataloader_config.dispatch_batches is False
+    assert "`dispatch_batches` is set to `False`" in caplog.text

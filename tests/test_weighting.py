@@ -43,6 +43,11 @@ def test_a_row_whose_weights_are_all_zero_keeps_them():
     assert weights.tolist() == pytest.approx([0.0, 0.0, 2 / 3, 4 / 3])
 
 
+def test_passes_that_do_not_match_are_an_error_and_not_broadcast():
+    with pytest.raises(ValueError, match="scored 3 tokens and the counterfactual pass 1"):
+        personal_influence_ratio(torch.zeros(3), torch.zeros(1))
+
+
 def test_no_tokens_are_no_weights():
     empty = torch.zeros(0)
     assert normalize_weights(perce_weights(empty), empty.long(), 3).shape == (0,)

@@ -151,6 +151,11 @@ class PerCETrainer(SFTTrainer):
                 template = _chat_template(args)
                 check_rendering(train_dataset, "train", processing_class, template, args.dataset_text_field)
 
+        if args.token_weighting == "perce":
+            # Dispatching would cut a batch by rows, of which the counterfactual pass has fewer than the factual one
+            if args.accelerator_config.dispatch_batches:
+                logger.warning("`dispatch_batches` is set to `False`, since PerCE's two passes differ in their rows.")
+            args.accelerator_config.dispatch_batches = False
         self._marked_ahead = True  # what `SFTTrainer.__init__` prepares is marked, what `evaluate` prepares is not
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, *positional, **kwargs

@@ -32,7 +32,15 @@ def personal_influence_ratio(log_probs: torch.Tensor, counterfactual_log_probs: 
 
     Returns:
         `torch.Tensor` of shape `(N,)`: PIR in nats. A token with PIR > 1 is a *personal token*.
+
+    Raises:
+        `ValueError`: The two passes did not score the same number of tokens.
     """
+    if log_probs.shape != counterfactual_log_probs.shape:
+        raise ValueError(
+            f"The factual pass scored {log_probs.numel()} tokens and the counterfactual pass "
+            f"{counterfactual_log_probs.numel()}. They must be the same tokens."
+        )
     return log_probs - counterfactual_log_probs
 
 
