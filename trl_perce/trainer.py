@@ -11,18 +11,20 @@
 # limitations under the License.
 
 import dataclasses
-import re
 from collections import defaultdict
-from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from bitsandbytes.nn import Linear4bit
-from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
+from .checks import (
+    chat_template,
+    check_arguments,
+    is_prepared_by_trl,
+    keep_4bit_weights_trainable_on_cpu,
+    load_tokenizer,
+)
 from .collator import DataCollatorForPerCE
 from .config import PerCEConfig
 from .dataset import add_persona_mask, check_rendering, count_personas, mark_dataset
@@ -133,10 +135,10 @@ class PerCETrainer(SFTTrainer):
             args = PerCEConfig(f"{model_name.split('/')[-1]}-PerCE")
         if not isinstance(args, PerCEConfig):
             raise TypeError(f"`args` must be a `PerCEConfig`, got a `{type(args).__name__}`.")
-        _check_arguments(model, args, data_collator, kwargs)
+        check_arguments(args, data_collator, kwargs)
 
         # Before the model loads: find the personas, and try the chat template on one of them.
-        if _is_prepared_by_trl(train_dataset, args):
+        if is_prepared_by_trl(train_dataset, args):
             formatting_func = kwargs.get("formatting_func")
             train_dataset, found = _mark_and_count(train_dataset, "train", args, formatting_func)
             if isinstance(eval_dataset, dict):
@@ -147,8 +149,8 @@ class PerCETrainer(SFTTrainer):
             elif eval_dataset is not None:
                 eval_dataset, _ = _mark_and_count(eval_dataset, "eval", args, formatting_func)
             if found:
-                processing_class = _load_tokenizer(model, args, processing_class)
-                template = _chat_template(args)
+                processing_class = load_tokenizer(model, args, processing_class)
+                template = chat_template(args)
                 check_rendering(train_dataset, "train", processing_class, template, args.dataset_text_field)
 
         if args.token_weighting == "perce":
@@ -168,7 +170,7 @@ class PerCETrainer(SFTTrainer):
                     f"`token_weighting='{args.token_weighting}'` does not go with context or sequence parallelism, which cut "
                     "rows apart. Set `cp_size` and `sp_size` to 1, or `token_weighting='uniform'`."
                 )
-        _keep_4bit_weights_trainable_on_cpu(self.model)
+        keep_4bit_weights_trainable_on_cpu(self.model)
 
         # The collator that TRL built, with both passes
         if args.token_weighting == "perce" and data_collator is None:
@@ -286,111 +288,6 @@ class PerCETrainer(SFTTrainer):
 def _mark_and_count(dataset, name: str, args: PerCEConfig, formatting_func):
     dataset = mark_dataset(dataset, name, args, formatting_func)
     return dataset, count_personas(dataset, name, args)
-
-
-def _check_arguments(model, args: PerCEConfig, data_collator, kwargs: dict[str, Any]) -> None:
-    peft_config = kwargs.get("peft_config")
-    targets = getattr(peft_config, "target_modules", None) or ()
-    if (
-        re.fullmatch(targets, "lm_head")
-        if isinstance(targets, str)
-        else any(name.split(".")[-1] == "lm_head" for name in targets)
-    ):
-        raise ValueError(
-            "The adapter sits on `lm_head`, where it would not be trained: log-probabilities are computed from "
-            "`lm_head.weight` directly. Remove 'lm_head' from `target_modules` (`lora_target_modules`)."
-        )
-    if args.token_weighting == "uniform":
-        return
-    if args.loss_type != "nll" or args.label_smoothing_factor or kwargs.get("compute_loss_func") is not None:
-        raise ValueError(
-            f"`token_weighting='{args.token_weighting}'` weights the negative log-likelihood. Leave `loss_type` at 'nll', "
-            "`label_smoothing_factor` at 0 and `compute_loss_func` unset, or set `token_weighting='uniform'`."
-        )
-    if args.packing or args.eval_packing or args.padding_free:
-        raise ValueError(
-            f"`packing` and `padding_free` do not go with `token_weighting='{args.token_weighting}'` yet. Set them to "
-            "`False`, or `token_weighting='uniform'`."
-        )
-    if (
-        args.token_weighting == "perce"
-        and data_collator is not None
-        and not isinstance(data_collator, DataCollatorForPerCE)
-    ):
-        raise ValueError(
-            f"`data_collator` is a `{type(data_collator).__name__}`, which does not build the counterfactual pass. Pass a "
-            "`DataCollatorForPerCE` or none."
-        )
-
-
-def _keep_4bit_weights_trainable_on_cpu(model) -> None:
-    """
-    Stop bitsandbytes from packing 4-bit weights for inference on the first forward pass in evaluation mode, on CPUs with
-    AVX512-BF16. The packed weights stay when training goes on, and have no backward pass (bitsandbytes 0.50.2): all
-    gradients behind the first such layer would silently be wrong.
-    """
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
-                raise ValueError(
-                    "The 4-bit model has been evaluated on CPU, which packed its weights so that they cannot be trained. "
-                    "Load the model anew and do not run it before the trainer has it."
-                )
-            module.support_avx512bf16_for_cpu = False
-
-
-def _is_prepared_by_trl(train_dataset, args: PerCEConfig) -> bool:
-    """Whether `SFTTrainer` will tokenize `train_dataset`. Raises where PerCE could not work with what it gets instead."""
-    if train_dataset is None:
-        return False  # `SFTTrainer` says so
-    first = next(iter(train_dataset), None)
-    if first is None:
-        raise ValueError("The train dataset is empty. Give it at least one row.")
-    if "image" in first or "images" in first:
-        if args.token_weighting != "uniform":
-            raise ValueError(
-                f"The dataset holds images, for which `token_weighting='{args.token_weighting}'` is not supported. Remove "
-                "the image columns, or set `token_weighting='uniform'`."
-            )
-        return False
-    if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-        if args.token_weighting == "perce" and "persona_mask" not in first:
-            raise ValueError(
-                "`skip_prepare_dataset=True` needs a dataset with the columns 'input_ids', 'labels' and 'persona_mask'; "
-                f"it has {', '.join(map(repr, first))}."
-            )
-        return False
-    return True
-
-
-def _load_tokenizer(model, args: PerCEConfig, processing_class):
-    """The tokenizer of the run, loaded as `SFTTrainer` would once it has the model."""
-    if processing_class is None:
-        by_name = isinstance(model, str)
-        processing_class = AutoProcessor.from_pretrained(
-            model if by_name else get_config_model_id(model.config),
-            revision=(args.model_init_kwargs or {}).get("revision") if by_name else None,
-            trust_remote_code=args.trust_remote_code,
-        )
-    if isinstance(processing_class, ProcessorMixin):  # a vision-language model, of which only the text is trained
-        tokenizer = processing_class.tokenizer
-        tokenizer.chat_template = tokenizer.chat_template or processing_class.chat_template
-        processing_class = tokenizer
-    if not processing_class.is_fast:
-        raise ValueError(
-            f"The tokenizer ({type(processing_class).__name__}) gives no character offsets, without which the persona's "
-            "tokens cannot be told. Use a fast tokenizer (one that is backed by the `tokenizers` library)."
-        )
-    return processing_class
-
-
-def _chat_template(args: PerCEConfig) -> str | None:
-    path = args.chat_template_path
-    if path is None:
-        return None
-    if Path(path).is_file():
-        return Path(path).read_text(encoding="utf-8")
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code).chat_template
 
 
 def _copy_with(args: PerCEConfig, **changes) -> PerCEConfig:

@@ -1,0 +1,138 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What must hold before a model loads, and the parts of a run that are looked up for it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from bitsandbytes.nn import Linear4bit
+from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
+from trl.trainer.utils import get_config_model_id
+
+from .collator import DataCollatorForPerCE
+from .config import PerCEConfig
+
+
+def check_arguments(args: PerCEConfig, data_collator, kwargs: dict[str, Any]) -> None:
+    """
+    Raise a `ValueError` on arguments of the trainer that cannot go together, saying what to write instead.
+
+    Args:
+        args ([`PerCEConfig`]): Configuration of the trainer.
+        data_collator ([`~transformers.DataCollator`] or `None`): The collator that was passed, if any.
+        kwargs (`dict[str, Any]`): Further arguments of the trainer, such as `peft_config`.
+    """
+    peft_config = kwargs.get("peft_config")
+    targets = getattr(peft_config, "target_modules", None) or ()
+    if (
+        re.fullmatch(targets, "lm_head")
+        if isinstance(targets, str)
+        else any(name.split(".")[-1] == "lm_head" for name in targets)
+    ):
+        raise ValueError(
+            "The adapter sits on `lm_head`, where it would not be trained: log-probabilities are computed from "
+            "`lm_head.weight` directly. Remove 'lm_head' from `target_modules` (`lora_target_modules`)."
+        )
+    if args.token_weighting == "uniform":
+        return
+    if args.loss_type != "nll" or args.label_smoothing_factor or kwargs.get("compute_loss_func") is not None:
+        raise ValueError(
+            f"`token_weighting='{args.token_weighting}'` weights the negative log-likelihood. Leave `loss_type` at 'nll', "
+            "`label_smoothing_factor` at 0 and `compute_loss_func` unset, or set `token_weighting='uniform'`."
+        )
+    if args.packing or args.eval_packing or args.padding_free:
+        raise ValueError(
+            f"`packing` and `padding_free` do not go with `token_weighting='{args.token_weighting}'` yet. Set them to "
+            "`False`, or `token_weighting='uniform'`."
+        )
+    if (
+        args.token_weighting == "perce"
+        and data_collator is not None
+        and not isinstance(data_collator, DataCollatorForPerCE)
+    ):
+        raise ValueError(
+            f"`data_collator` is a `{type(data_collator).__name__}`, which does not build the counterfactual pass. Pass a "
+            "`DataCollatorForPerCE` or none."
+        )
+
+
+def is_prepared_by_trl(train_dataset, args: PerCEConfig) -> bool:
+    """Whether `SFTTrainer` will tokenize `train_dataset`. Raises where PerCE could not work with what it gets instead."""
+    if train_dataset is None:
+        return False  # `SFTTrainer` says so
+    first = next(iter(train_dataset), None)
+    if first is None:
+        raise ValueError("The train dataset is empty. Give it at least one row.")
+    if "image" in first or "images" in first:
+        if args.token_weighting != "uniform":
+            raise ValueError(
+                f"The dataset holds images, for which `token_weighting='{args.token_weighting}'` is not supported. Remove "
+                "the image columns, or set `token_weighting='uniform'`."
+            )
+        return False
+    if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        if args.token_weighting == "perce" and "persona_mask" not in first:
+            raise ValueError(
+                "`skip_prepare_dataset=True` needs a dataset with the columns 'input_ids', 'labels' and 'persona_mask'; "
+                f"it has {', '.join(map(repr, first))}."
+            )
+        return False
+    return True
+
+
+def load_tokenizer(model, args: PerCEConfig, processing_class):
+    """The tokenizer of the run, loaded as `SFTTrainer` would once it has the model."""
+    if processing_class is None:
+        by_name = isinstance(model, str)
+        processing_class = AutoProcessor.from_pretrained(
+            model if by_name else get_config_model_id(model.config),
+            revision=(args.model_init_kwargs or {}).get("revision") if by_name else None,
+            trust_remote_code=args.trust_remote_code,
+        )
+    if isinstance(processing_class, ProcessorMixin):  # a vision-language model, of which only the text is trained
+        tokenizer = processing_class.tokenizer
+        tokenizer.chat_template = tokenizer.chat_template or processing_class.chat_template
+        processing_class = tokenizer
+    if not processing_class.is_fast:
+        raise ValueError(
+            f"The tokenizer ({type(processing_class).__name__}) gives no character offsets, without which the persona's "
+            "tokens cannot be told. Use a fast tokenizer (one that is backed by the `tokenizers` library)."
+        )
+    return processing_class
+
+
+def chat_template(args: PerCEConfig) -> str | None:
+    """The template that `chat_template_path` names, which `SFTTrainer` will use; `None` if the tokenizer's own is used."""
+    path = args.chat_template_path
+    if path is None:
+        return None
+    if Path(path).is_file():
+        return Path(path).read_text(encoding="utf-8")
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code).chat_template
+
+
+def keep_4bit_weights_trainable_on_cpu(model) -> None:
+    """
+    Stop bitsandbytes from packing 4-bit weights for inference on the first forward pass in evaluation mode, on CPUs with
+    AVX512-BF16. The packed weights stay when training goes on, and have no backward pass (bitsandbytes 0.50.2): all
+    gradients behind the first such layer would silently be wrong.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                raise ValueError(
+                    "The 4-bit model has been evaluated on CPU, which packed its weights so that they cannot be trained. "
+                    "Load the model anew and do not run it before the trainer has it."
+                )
+            module.support_avx512bf16_for_cpu = False
