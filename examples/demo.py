@@ -32,6 +32,7 @@ from rich.table import Table
 from rich.text import Text
 
 from smollm2 import ensure_smollm2
+from trl_perce.persona import token_mask
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,8 +72,7 @@ def personal_tokens(row: dict, tokenizer) -> torch.Tensor:
     for word in row["personal_words"]:
         start = answer.index(word, start)
         spans.append((start, start + len(word)))
-    starts = [end - len(piece) + len(piece) - len(piece.lstrip()) for end, piece in zip(ends, pieces, strict=True)]
-    return torch.tensor([any(s < b and a < e for a, b in spans) for s, e in zip(starts, ends, strict=True)])
+    return torch.tensor(token_mask(list(zip([0, *ends], ends, strict=False)), spans), dtype=torch.bool)
 
 
 def coloured(row: dict, pir: torch.Tensor, tokenizer) -> Text:

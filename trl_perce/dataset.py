@@ -37,8 +37,8 @@ _TRIMMED_COLUMN = "_persona_trimmed"
 # "kept", "left out" (does not fit without its persona), or "cut" (by TRL, since it has no persona to trim)
 _FATE_COLUMN = "_persona_fate"
 
-# A streaming dataset cannot be counted: this many of its first rows stand for it.
-_STREAMING_SAMPLE = 100
+# What is looked at ahead: a streaming dataset cannot be counted, so its first rows stand for it.
+_SAMPLE = 100
 
 
 def mark_dataset(dataset, name: str, args, formatting_func=None):
@@ -100,13 +100,11 @@ def count_personas(dataset, name: str, args) -> int:
     """
     streaming = isinstance(dataset, IterableDataset)
     if streaming:
-        flags = [has_persona(example) for example in dataset.take(_STREAMING_SAMPLE)]
-    elif SPANS_COLUMN in dataset.column_names:
-        flags = [spans != "[]" for spans in dataset[SPANS_COLUMN]]
-    elif "persona_mask" in dataset.column_names:
-        flags = [any(mask) for mask in dataset["persona_mask"]]
-    else:
-        flags = [False] * len(dataset)
+        rows = dataset.take(_SAMPLE)
+    else:  # read no more than what tells
+        columns = [column for column in (SPANS_COLUMN, "persona_mask") if column in dataset.column_names]
+        rows = dataset.select_columns(columns or dataset.column_names[:1])
+    flags = [has_persona(example) for example in rows]
     found, rows = sum(flags), len(flags)
     if args.token_weighting == "perce" and found == 0:
         message = f"{name} dataset: no row {f'of the first {rows} ' if streaming else ''}has a persona."
@@ -126,12 +124,13 @@ def count_personas(dataset, name: str, args) -> int:
 
 def has_persona(example: dict[str, Any]) -> bool:
     """Whether a row from [`mark_dataset`] has a persona."""
-    return example.get(SPANS_COLUMN, "[]") != "[]" or any(example.get("persona_mask", ()))
+    return example.get(SPANS_COLUMN, "[]") != "[]" or any(example.get("persona_mask") or ())
 
 
 def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, chat_template, text_field: str) -> None:
     """
-    Render the first row with a persona, so that a chat template that loses it is found before the model loads.
+    Render the first row with a persona, if it is among the first 100 rows, so that a chat template that loses it is
+    found before the model loads.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): From [`mark_dataset`].
@@ -143,7 +142,7 @@ def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, chat
     Raises:
         `PersonaError`: The chat template loses the persona.
     """
-    for index, example in enumerate(dataset.take(_STREAMING_SAMPLE)):
+    for index, example in enumerate(dataset.take(_SAMPLE)):
         spans = _spans(example)
         if spans:
             with _naming_row(name, index):

@@ -183,15 +183,16 @@ def mark_persona(
     return example, spans
 
 
+def _columns(example: dict[str, Any], text_field: str) -> tuple[str, ...]:
+    """The columns whose text TRL will tokenize."""
+    if "prompt" in example:
+        return ("prompt", "completion")
+    return ("messages",) if is_conversational(example) else (text_field,)
+
+
 def _texts(example: dict[str, Any], text_field: str):
     """Yield `(holder, key, (column, message, part), is_response)` for each text of the row that TRL will tokenize."""
-    if "prompt" in example:
-        columns = ("prompt", "completion")
-    elif "messages" in example:
-        columns = ("messages",)
-    else:
-        columns = (text_field,)
-    for column in columns:
+    for column in _columns(example, text_field):
         if example.get(column) is None:
             raise PersonaError(
                 f"column {column!r} is missing or empty. A row has 'messages', 'prompt' and 'completion', {text_field!r}, "
@@ -287,12 +288,6 @@ def render(
             end, behind = end + 1, behind[1:]
         found.append((start, end))
     return text, found
-
-
-def _columns(example: dict[str, Any], text_field: str) -> tuple[str, ...]:
-    if "prompt" in example:
-        return ("prompt", "completion")
-    return ("messages",) if is_conversational(example) else (text_field,)
 
 
 def _role(example: dict[str, Any], span: Span) -> str:

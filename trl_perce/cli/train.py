@@ -72,7 +72,7 @@ def run(argv: list[str]) -> int:
         parser.exit(2, f"trl-perce train: error: {error}\n")
 
     if "LOCAL_RANK" in os.environ or (not launch_args and _is_one_process()):
-        return _exit_code(main, script_args, training_args, model_args, dataset_args)
+        return _main_exit_code(script_args, training_args, model_args, dataset_args)
 
     from accelerate.commands.launch import launch_command, launch_command_parser
 
@@ -191,12 +191,12 @@ def _check_script_args(script_args, model_args, dataset_args) -> None:
     if model_args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is missing. Write a folder with a model, or a name on the Hub.")
     name = script_args.dataset_name
-    if dataset_args.datasets or name is None:
-        if not dataset_args.datasets:
-            raise ValueError(
-                "`dataset_name` (or `datasets`) is missing. Write a data file, a folder, or a name on the Hub."
-            )
+    if dataset_args.datasets:
         return
+    if name is None:
+        raise ValueError(
+            "`dataset_name` (or `datasets`) is missing. Write a data file, a folder, or a name on the Hub."
+        )
     path = Path(name).expanduser()
     is_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or _builder(path) is not None
     if is_path and not path.exists():
@@ -249,11 +249,11 @@ def _disable_progress_bars() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _exit_code(function, *args) -> int:
+def _main_exit_code(*args) -> int:
     from trl_perce import PersonaError
 
     try:
-        function(*args)
+        main(*args)
     except PersonaError as error:  # the data's fault: a traceback would only hide the message
         print(f"trl-perce train: error: {error}", file=sys.stderr)
         return 2
@@ -261,4 +261,4 @@ def _exit_code(function, *args) -> int:
 
 
 if __name__ == "__main__":  # started by `accelerate launch`
-    raise SystemExit(_exit_code(main, *make_parser().parse_args_and_config(fail_with_unknown_args=False)))
+    raise SystemExit(_main_exit_code(*make_parser().parse_args_and_config(fail_with_unknown_args=False)))
