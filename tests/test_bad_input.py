@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import PreTrainedTokenizer
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -153,8 +153,13 @@ def test_vision_data(attempt):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"packing": True}, "`packing` and `padding_free` do not go with `token_weighting='perce'`"),
-        ({"padding_free": True, "max_length": None}, "`packing` and `padding_free`"),
+        ({"packing": True, "packing_strategy": "wrapped"}, "cuts rows apart"),
+        ({"packing": True, "packing_strategy": "bfd_split"}, "cuts rows apart"),
+        ({"packing": True, "max_length": None}, "needs `max_length`"),
+        ({"eval_packing": True}, "documents see each other"),
+        ({"counterfactual_refresh_epochs": 0}, "Write 1"),
+        ({"counterfactual_batch_tokens": 0}, "positive number of tokens, 'auto', or not set"),
+        ({"counterfactual_batch_tokens": "many"}, "positive number of tokens, 'auto', or not set"),
         ({"loss_type": "dft"}, "Leave `loss_type` at 'nll'"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` at 0"),
     ],
@@ -162,6 +167,12 @@ def test_vision_data(attempt):
 def test_options_that_do_not_go_together(attempt, options, reason):
     with pytest.raises(ValueError, match=reason):
         attempt([GOOD], **options)
+
+
+def test_virtual_tokens_are_not_packed(attempt):
+    peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="PEFT ignores the positions"):
+        attempt([GOOD], packing=True, trainer_kwargs={"peft_config": peft_config})
 
 
 def test_a_collator_without_the_counterfactual(attempt):

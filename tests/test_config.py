@@ -15,6 +15,8 @@ def test_every_new_field_has_help_and_the_defaults_are_the_papers():
         "weight_clip_max": 5.0,
         "weight_normalization": "none",
         "counterfactual": "drop",
+        "counterfactual_batch_tokens": None,
+        "counterfactual_refresh_epochs": 1,
         "persona_start_marker": "<persona>",
         "persona_end_marker": "</persona>",
         "truncate_persona": True,

@@ -1,16 +1,20 @@
 """
-The private seams of TRL that we stand on, as read in TRL 1.16.0. If one of these fails after an upgrade, read the named
-place of TRL again and then the place of ours.
+The private seams of TRL and Transformers that we stand on, as read in TRL 1.16.0 and Transformers 5.23.0. If one of
+these fails after an upgrade, read the named place again and then the place of ours.
 """
 
 import inspect
 
+import transformers
 import trl
+from datasets import Dataset
+from transformers import Trainer
 from trl import SFTTrainer
 from trl.trainer import sft_trainer, utils
 
 
 READ_IN = "1.16.0"
+TRANSFORMERS_READ_IN = "5.23.0"
 
 
 def source(obj) -> str:
@@ -19,6 +23,67 @@ def source(obj) -> str:
 
 def hint(what: str) -> str:
     return f"TRL {trl.__version__} changed {what} (read in {READ_IN})"
+
+
+def transformers_hint(what: str) -> str:
+    return f"Transformers {transformers.__version__} changed {what} (read in {TRANSFORMERS_READ_IN})"
+
+
+def test_the_window_is_gathered_before_its_first_step():
+    # trainer.py `get_batch_samples` runs the E-step on all micro-batches of an optimizer step
+    assert list(inspect.signature(Trainer.get_batch_samples).parameters) == [
+        *("self", "epoch_iterator", "num_batches", "device"),
+    ], transformers_hint("the signature of get_batch_samples")
+    text = source(Trainer._run_epoch)
+    gathered = text.index("batch_samples, num_items_in_batch = self.get_batch_samples(")
+    assert gathered < text.index("for i, inputs in enumerate(batch_samples):") < text.index("self.training_step("), (
+        transformers_hint("where the window is gathered")
+    )
+    assert "get_batch_samples" not in SFTTrainer.__dict__, hint("get_batch_samples, which it did not override")
+    text = source(Trainer.training_step)
+    for seam in ("model.train()", "self.optimizer.train()", "with self.compute_loss_context_manager():"):
+        assert seam in text, transformers_hint(f"training_step: {seam}")
+    text = source(Trainer._prepare_for_training)
+    assert "self.model_wrapped = model" in text, transformers_hint("which model is trained (model_wrapped)")
+
+
+def test_evaluation_does_not_gather_windows():
+    # trainer.py `compute_loss` runs the E-step itself on a batch that comes from elsewhere
+    assert "get_batch_samples" not in source(Trainer.evaluation_loop), transformers_hint("evaluation_loop")
+
+
+def test_checkpoints_save_and_load_the_optimizer_on_every_process():
+    # trainer.py keeps `counterfactual_refresh_epochs`'s log-probabilities beside it
+    for function, argument, caller in (
+        (Trainer._save_optimizer_and_scheduler, "output_dir", Trainer._save_checkpoint),
+        (Trainer._load_optimizer_and_scheduler, "checkpoint", Trainer._prepare_for_training),
+    ):
+        assert list(inspect.signature(function).parameters) == ["self", argument], transformers_hint(function.__name__)
+        assert f"self.{function.__name__}(" in source(caller), transformers_hint(caller.__name__)
+    assert "self.state.epoch = epoch + (step + 1) / steps_in_epoch" in source(Trainer._run_epoch), transformers_hint(
+        "state.epoch, whose whole part is the epoch"
+    )
+
+
+def test_the_fused_head_asks_one_function_whether_to_score_every_position():
+    # fused_head.py replaces it
+    assert source(utils).count("_use_triton") == 2, hint("the uses of `_use_triton` (its import and `compact`)")
+    assert "compact = _use_triton(hidden_states.device)" in source(utils.add_fused_lm_head), hint("add_fused_lm_head")
+
+
+def test_packing_drops_the_mask_in_trl_and_not_in_pack_dataset():
+    # dataset.py `pack_dataset_with_mask`
+    text = source(SFTTrainer._prepare_dataset)
+    for seam in (
+        'dataset = dataset.select_columns(["input_ids", "labels"])',
+        "dataset = pack_dataset(dataset, args.max_length, args.packing_strategy, map_kwargs)",
+    ):
+        assert seam in text, hint(f"_prepare_dataset: {seam}")
+    rows = Dataset.from_dict({"input_ids": [[1, 2], [3]], "other": [[4, 5], [6]]})
+    assert trl.pack_dataset(rows, 3)[0] == {"input_ids": [1, 2, 3], "other": [4, 5, 6], "seq_lengths": [2, 1]}
+    assert "self.padding_free = args.padding_free or (args.packing" in source(SFTTrainer.__init__), hint(
+        "padding_free"
+    )
 
 
 def test_compute_loss_calls_the_model_it_is_given_and_is_linear_in_log_probs():

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bitsandbytes.nn import Linear4bit
+from peft import PromptLearningConfig
 from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
 from trl.trainer.utils import get_config_model_id
 
@@ -51,10 +52,12 @@ def check_arguments(args: PerCEConfig, data_collator, kwargs: dict[str, Any]) ->
             f"`token_weighting='{args.token_weighting}'` weights the negative log-likelihood. Leave `loss_type` at 'nll', "
             "`label_smoothing_factor` at 0 and `compute_loss_func` unset, or set `token_weighting='uniform'`."
         )
-    if args.packing or args.eval_packing or args.padding_free:
+    if args.packing or args.eval_packing:
+        _check_packing(args)
+    if (args.packing or args.padding_free) and isinstance(peft_config, PromptLearningConfig):
         raise ValueError(
-            f"`packing` and `padding_free` do not go with `token_weighting='{args.token_weighting}'` yet. Set them to "
-            "`False`, or `token_weighting='uniform'`."
+            f"`packing` and `padding_free` do not go with a `{type(peft_config).__name__}`: PEFT ignores the positions that "
+            "keep documents apart. Set both to `False`, or use a LoRA adapter."
         )
     if (
         args.token_weighting == "perce"
@@ -65,6 +68,21 @@ def check_arguments(args: PerCEConfig, data_collator, kwargs: dict[str, Any]) ->
             f"`data_collator` is a `{type(data_collator).__name__}`, which does not build the counterfactual pass. Pass a "
             "`DataCollatorForPerCE` or none."
         )
+
+
+def _check_packing(args: PerCEConfig) -> None:
+    if args.packing_strategy != "bfd":
+        raise ValueError(
+            f"`packing_strategy='{args.packing_strategy}'` cuts rows apart, and a response from its persona. Set "
+            "`packing_strategy='bfd'`, or `token_weighting='uniform'`."
+        )
+    if args.eval_packing and not args.packing:
+        raise ValueError(
+            "`eval_packing=True` without `packing=True` pads packed rows, in which documents see each other (TRL 1.16). Set "
+            "`packing=True` too, or `eval_packing=False`."
+        )
+    if args.max_length is None:
+        raise ValueError("`packing=True` needs `max_length`, the number of tokens of a packed row. Set it.")
 
 
 def is_prepared_by_trl(train_dataset, args: PerCEConfig) -> bool:

@@ -10,16 +10,17 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
 
-def has_counterfactual(labels: list[int], persona_mask: list[int]) -> list[int]:
+def has_counterfactual(labels: Sequence[int], persona_mask: Sequence[int]) -> np.ndarray:
     """
     The trained tokens of a row that the counterfactual pass predicts too.
 
@@ -27,19 +28,18 @@ def has_counterfactual(labels: list[int], persona_mask: list[int]) -> list[int]:
     (a row that starts with its persona, and no BOS token). Without a persona there are none.
 
     Args:
-        labels (`list[int]`): Labels of the row, `-100` on tokens that are not trained.
-        persona_mask (`list[int]`): 1 where a token belongs to the persona.
+        labels (`Sequence[int]`): Labels of the row, `-100` on tokens that are not trained.
+        persona_mask (`Sequence[int]`): 1 where a token belongs to the persona.
 
     Returns:
-        `list[int]`: For each token 1 or 0.
+        `np.ndarray` of dtype `bool`: For each token whether the counterfactual pass predicts it.
     """
-    if not any(persona_mask):
-        return [0] * len(labels)
-    kept_before = accumulate((1 - is_persona for is_persona in persona_mask), initial=0)
-    return [
-        int(label != -100 and not is_persona and before > 0)
-        for label, is_persona, before in zip(labels, persona_mask, kept_before, strict=False)
-    ]
+    outside = np.asarray(persona_mask) == 0
+    trained = np.asarray(labels) != -100
+    if outside.all():
+        return np.zeros_like(trained)
+    kept_before = np.cumsum(outside) - outside
+    return trained & outside & (kept_before > 0)
 
 
 @dataclass
@@ -47,15 +47,17 @@ class DataCollatorForPerCE(DataCollatorForLanguageModeling):
     """
     Data collator for batches that hold both passes of PerCE.
 
-    The factual pass is TRL's batch, unchanged. Beside it come the following keys, where `B` is the number of rows, `L`
-    the length of the longest, `B'` the number of rows that need a counterfactual pass (at least one trained token
-    depends on a persona) and `L'` the length of the longest of them without its persona:
+    The factual pass is TRL's batch, unchanged: padded, or with `padding_free=True` flattened to one row. Beside it come
+    two keys, where `(B, L)` is the shape of `"input_ids"`:
 
-    - `"has_counterfactual"`: `torch.bool` of shape `(B, L)`, see [`has_counterfactual`]. In row-major order, its k-th
-      token is the k-th labelled token of the counterfactual rows.
-    - `"counterfactual_input_ids"`, `"counterfactual_attention_mask"`, `"counterfactual_labels"`: `torch.int64` of shape
-      `(B', L')`. Not there if no row needs a counterfactual pass.
-    - `"counterfactual_position_ids"`: `torch.int64` of shape `(B', L')`. With `counterfactual="mask"` only.
+    - `"has_counterfactual"`: `torch.bool` of shape `(B, L)`, see [`has_counterfactual`].
+    - `"counterfactual_rows"`: a list of the rows (of a packed row: the documents) with at least one such token, in
+      order. Each is a `dict` of `np.int64` arrays of shape `(L',)`, its own length without its persona: `"input_ids"`,
+      `"labels"` (`-100` but on the tokens that `has_counterfactual`), and with `counterfactual="mask"` also
+      `"attention_mask"`. They are not padded, since the E-step batches them anew over a whole window
+      ([`~DataCollatorForPerCE.counterfactual_batch`]).
+
+    The k-th token with `has_counterfactual`, in row-major order, is the k-th labelled token of the counterfactual rows.
 
     Args:
         pad_token_id (`int`):
@@ -73,8 +75,8 @@ class DataCollatorForPerCE(DataCollatorForLanguageModeling):
     ```python
     >>> collator = DataCollatorForPerCE(pad_token_id=0)
     >>> batch = collator([{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4], "persona_mask": [0, 1, 0, 0]}])
-    >>> batch["counterfactual_input_ids"], batch["counterfactual_labels"]
-    (tensor([[1, 3, 4]]), tensor([[-100,    3,    4]]))
+    >>> batch["counterfactual_rows"]
+    [{'input_ids': array([1, 3, 4]), 'labels': array([-100,    3,    4])}]
     ```
     """
 
@@ -82,39 +84,61 @@ class DataCollatorForPerCE(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
-        paired_rows, counterfactuals, masks = [], [], []
+        flags, rows = [], []
         for example in examples:
-            input_ids, labels = example["input_ids"], example.get("labels", example["input_ids"])
-            persona_mask = example.get("persona_mask") or [0] * len(input_ids)
+            input_ids = np.asarray(example["input_ids"])
+            labels = np.asarray(example.get("labels", input_ids))
+            persona_mask = np.asarray(example.get("persona_mask", np.zeros_like(input_ids)))
             if len(persona_mask) != len(input_ids):
                 raise ValueError(
                     f"A row's 'persona_mask' has {len(persona_mask)} values for {len(input_ids)} 'input_ids'. They must be "
                     "equally long."
                 )
-            paired = has_counterfactual(labels, persona_mask)
-            paired_rows.append(torch.tensor(paired, dtype=torch.bool))
-            if not any(paired):
-                continue
-            keep = [self.counterfactual == "mask" or not is_persona for is_persona in persona_mask]
-            labels = [token if is_paired else -100 for token, is_paired in zip(input_ids, paired, strict=True)]
-            counterfactuals.append(
-                {
-                    "input_ids": [token for token, kept in zip(input_ids, keep, strict=True) if kept],
-                    "labels": [label for label, kept in zip(labels, keep, strict=True) if kept],
-                }
-            )
-            masks.append(torch.tensor([1 - is_persona for is_persona in persona_mask]))
-
+            borders = np.cumsum(example.get("seq_lengths", ()))[:-1].astype(int)  # of the documents of a packed row
+            for document in zip(
+                *(np.split(column, borders) for column in (input_ids, labels, persona_mask)), strict=True
+            ):
+                paired = has_counterfactual(*document[1:])
+                flags.append(torch.from_numpy(paired))
+                if paired.any():
+                    rows.append(self._counterfactual_row(*document, paired))
+        if self.padding_free:
+            flags = [torch.cat(flags)]
         batch["has_counterfactual"] = pad(
-            paired_rows, padding_value=False, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of
+            flags, padding_value=False, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of
         )
-        if counterfactuals:
-            counterfactual = super().torch_call(counterfactuals)
-            if self.counterfactual == "mask":
-                size = counterfactual["input_ids"].size(1)
-                for row, mask in zip(counterfactual["attention_mask"], masks, strict=True):
-                    row[: len(mask)] = mask
-                # Given, since some models would count positions by the attention mask
-                counterfactual["position_ids"] = torch.arange(size).expand(len(masks), size)
-            batch |= {f"counterfactual_{key}": value for key, value in counterfactual.items()}
+        batch["counterfactual_rows"] = rows
+        return batch
+
+    def _counterfactual_row(self, input_ids, labels, persona_mask, paired) -> dict[str, np.ndarray]:
+        labels = np.where(paired, labels, -100)
+        if self.counterfactual == "mask":
+            return {"input_ids": input_ids, "labels": labels, "attention_mask": 1 - persona_mask}
+        kept = persona_mask == 0
+        return {"input_ids": input_ids[kept], "labels": labels[kept]}
+
+    @property
+    def flattens_counterfactual(self) -> bool:
+        """Whether [`~DataCollatorForPerCE.counterfactual_batch`] lays its rows end to end instead of padding them."""
+        return self.padding_free and self.counterfactual == "drop"
+
+    def counterfactual_batch(self, rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+        """
+        A batch of the counterfactual pass, as the model takes it.
+
+        Args:
+            rows (`list[dict[str, np.ndarray]]`): Some of the `"counterfactual_rows"` of one or many batches.
+
+        Returns:
+            `dict[str, Any]`: As TRL's collator makes it of these rows: padded, or with `padding_free=True` flattened, where
+            positions count in the shortened sequence. With `counterfactual="mask"` always padded, persona tokens have
+            attention mask 0, and positions are those of the whole sequence.
+        """
+        if self.counterfactual == "drop":
+            return super().torch_call(rows)
+        batch = DataCollatorForLanguageModeling(
+            self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of, return_position_ids=True
+        )(rows)
+        for attention_mask, row in zip(batch["attention_mask"], rows, strict=True):
+            attention_mask[: len(row["attention_mask"])] = torch.from_numpy(row["attention_mask"])
         return batch

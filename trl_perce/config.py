@@ -57,6 +57,16 @@ class PerCEConfig(SFTConfig):
             - `"mask"`: its tokens stay in place, so all positions stay, and no token attends to them. Costs a forward
               pass over the whole sequence, and needs an attention implementation that takes a padding mask.
 
+        counterfactual_batch_tokens (`int` or `str`, *optional*):
+            Tokens (padding included) of one forward of the counterfactual pass, which runs over all rows of an optimizer
+            step together, sorted by length. More are faster up to a point; fewer need less memory. Changes nothing but
+            rounding. By default as many as the largest micro-batch has, so that the pass needs less memory than training
+            itself. `"auto"`: as many as fit into half of the memory that is free.
+        counterfactual_refresh_epochs (`int`, *optional*, defaults to `1`):
+            Epochs for which the counterfactual log-probabilities of a row are kept. 1 computes them at every step
+            (exact). With `k`, PIR compares the current factual log-probabilities with counterfactual ones that are up
+            to `k - 1` epochs old, and the pass costs a `k`-th. They are saved with checkpoints.
+
         > Parameters that control the persona in the data
 
         persona_start_marker (`str`, *optional*, defaults to `"<persona>"`):
@@ -102,6 +112,20 @@ class PerCEConfig(SFTConfig):
             "choices": ["drop", "mask"],
         },
     )
+    counterfactual_batch_tokens: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of one forward of the counterfactual pass. By default as many as the largest micro-batch has; "
+            "'auto': as many as fit into half of the memory that is free."
+        },
+    )
+    counterfactual_refresh_epochs: int = field(
+        default=1,
+        metadata={
+            "help": "Epochs for which the counterfactual log-probabilities of a row are kept. 1 computes them at every step "
+            "(exact)."
+        },
+    )
     persona_start_marker: str = field(
         default="<persona>", metadata={"help": "Text that opens a persona span in the data."}
     )
@@ -130,6 +154,16 @@ class PerCEConfig(SFTConfig):
             raise ValueError(
                 f"`weight_clip_min` ({self.weight_clip_min}) is over `weight_clip_max` ({self.weight_clip_max}). Write "
                 "a lower bound that is not over the upper one (the paper has 0.8 and 5.0)."
+            )
+        tokens = self.counterfactual_batch_tokens
+        if isinstance(tokens, str) and tokens != "auto":  # from the command line
+            tokens = self.counterfactual_batch_tokens = int(tokens) if tokens.isdecimal() else 0
+        if tokens is not None and tokens != "auto" and tokens < 1:
+            raise ValueError("`counterfactual_batch_tokens` must be a positive number of tokens, 'auto', or not set.")
+        if self.counterfactual_refresh_epochs < 1:
+            raise ValueError(
+                f"`counterfactual_refresh_epochs` is {self.counterfactual_refresh_epochs}. Write 1 (computed at every step) "
+                "or more."
             )
         start, end = self.persona_start_marker, self.persona_end_marker
         if not start or not end or start in end or end in start:

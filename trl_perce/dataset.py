@@ -22,7 +22,7 @@ from typing import Any
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
-from trl import is_conversational
+from trl import is_conversational, pack_dataset
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import global_then_local_main_first
 
@@ -198,6 +198,29 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, cha
         if report.left_out:
             dataset = dataset.select([i for i, fate in enumerate(dataset[_FATE_COLUMN]) if fate != "left out"])
     return dataset.remove_columns([_TRIMMED_COLUMN, _FATE_COLUMN])
+
+
+def pack_dataset_with_mask(dataset, name: str, args):
+    """
+    Pack rows as TRL does, with their `persona_mask`.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            From [`add_persona_mask`], then truncated (and shuffled, if `args.shuffle_dataset`) by TRL.
+        name (`str`): What to call it in messages.
+        args ([`PerCEConfig`]): Gives `max_length` and the packing strategy.
+
+    Returns:
+        The dataset with the columns of [`~trl.pack_dataset`] and `persona_mask`.
+    """
+    kwargs = {}
+    if isinstance(dataset, Dataset):  # `IterableDataset.map` supports neither
+        kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Packing {name} dataset"}
+    with global_then_local_main_first():
+        dataset = dataset.select_columns(["input_ids", "labels", "persona_mask"])
+        dataset = pack_dataset(dataset, args.max_length, args.packing_strategy, kwargs)
+    # Packing goes by length: as TRL, shuffle what comes out too
+    return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
 
 class _TrimReport:

@@ -27,7 +27,10 @@ from .checks import (
 )
 from .collator import DataCollatorForPerCE
 from .config import PerCEConfig
-from .dataset import add_persona_mask, check_rendering, count_personas, mark_dataset
+from .dataset import add_persona_mask, check_rendering, count_personas, mark_dataset, pack_dataset_with_mask
+from .estep import EStep
+from .fused_head import labelled_positions_only
+from .log_prob_store import LogProbStore
 from .weighting import entropy_weights, loss_weights, normalize_weights, perce_weights, personal_influence_ratio
 
 
@@ -179,6 +182,12 @@ class PerCETrainer(SFTTrainer):
             )
         # Sums over trained tokens, one tensor a micro-batch; their ratios are logged
         self._token_sums = defaultdict(list)
+        self._e_step = EStep(
+            self.accelerator,
+            self.data_collator,
+            self.model.config.get_text_config().hidden_size,
+            args.counterfactual_batch_tokens,
+        )
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if not self._marked_ahead:
@@ -187,80 +196,97 @@ class PerCETrainer(SFTTrainer):
         whole = _copy_with(args, max_length=None, shuffle_dataset=False)
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, None, dataset_name)
         dataset = add_persona_mask(dataset, dataset_name, self._tokenizer, self.chat_template, args)
-        return super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
+        if not packing or args.token_weighting != "perce":
+            return super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
+        # TRL would pack `input_ids` and `labels` alone
+        dataset = super()._prepare_dataset(dataset, processing_class, args, False, None, dataset_name)
+        return pack_dataset_with_mask(dataset, dataset_name, args)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         if "persona_mask" not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, "persona_mask"]
 
+    def train(self, *args, **kwargs):
+        refresh_epochs = self.args.counterfactual_refresh_epochs
+        self._e_step.store = LogProbStore(refresh_epochs) if refresh_epochs > 1 else None
+        return super().train(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if (
+            self.args.token_weighting == "perce" and batches
+        ):  # E-step, with the parameters and in the mode of the M-step
+            self.model_wrapped.train()
+            self.optimizer.train()
+            with self.compute_loss_context_manager():
+                self._e_step(self.model_wrapped, batches, epoch=int(self.state.epoch))
+        return batches, num_items_in_batch
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.args.token_weighting == "uniform":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
+        if "counterfactual_rows" in inputs:  # not from a training window: evaluation
+            self._e_step(model, [inputs])
         counterfactual = {key: inputs.pop(key) for key in [*inputs] if "counterfactual" in key}
-        counterfactual_log_probs = self._counterfactual_log_probs(model, counterfactual, inputs)  # E-step
 
         def weighted_model(**kwargs):
             # TRL's loss is linear in `log_probs`: weighting them here weights the loss, and leaves the rest to TRL
             outputs = model(**kwargs)
             if kwargs.get("fused_lm_head"):
-                weights = self._token_weights(outputs, counterfactual_log_probs, counterfactual, inputs)
-                outputs.log_probs = outputs.log_probs * weights
+                outputs.log_probs = outputs.log_probs * self._token_weights(outputs, inputs, **counterfactual)
             return outputs
 
-        return super().compute_loss(weighted_model, inputs, return_outputs, num_items_in_batch)  # M-step
+        with labelled_positions_only():
+            return super().compute_loss(weighted_model, inputs, return_outputs, num_items_in_batch)  # M-step
 
     @torch.no_grad()
-    def _counterfactual_log_probs(self, model, counterfactual: dict[str, torch.Tensor], inputs) -> torch.Tensor | None:
-        """
-        Log-probabilities in nats of the tokens with `has_counterfactual`, in row-major order, from the counterfactual
-        pass; `None` if the batch needs none.
-        """
-        if self.args.token_weighting != "perce":
-            return None
-        prefix = "counterfactual_"
-        batch = {key.removeprefix(prefix): value for key, value in counterfactual.items() if key.startswith(prefix)}
-        if not batch:
-            if self.accelerator.num_processes == 1:
-                return None
-            # Another process may need the pass, in which wrapped models communicate: take part with two tokens
-            batch = {key: inputs[key][:1, :2] for key in ("input_ids", "attention_mask")}
-            batch["labels"] = torch.full_like(batch["input_ids"], -100)
-        outputs = model(**batch, use_cache=False, fused_lm_head=True)
-        return outputs.log_probs[outputs.label_mask]
-
-    @torch.no_grad()
-    def _token_weights(self, outputs, counterfactual_log_probs, counterfactual, inputs) -> torch.Tensor:
+    def _token_weights(
+        self, outputs, inputs, has_counterfactual=None, counterfactual_log_probs=None, counterfactual_tokens=0
+    ) -> torch.Tensor:
         """Weights of the shape of `outputs.log_probs`, 0 on tokens that are not trained. Notes the metrics."""
-        args = self.args
-        log_probs = outputs.log_probs[outputs.label_mask].detach()
+        args, scored = self.args, outputs.label_mask
+        log_probs = outputs.log_probs[scored].detach()
         weights, pir = torch.ones_like(log_probs), log_probs[:0]
         bounds = (args.weight_clip_min, args.weight_clip_max)
         if args.token_weighting == "loss":
             weights = loss_weights(log_probs, *bounds)
         elif args.token_weighting == "entropy":
-            weights = entropy_weights(outputs.entropy[outputs.label_mask], *bounds)
-        elif counterfactual_log_probs is not None:
-            # The k-th of these tokens is the k-th labelled token of the counterfactual pass
-            paired = counterfactual["has_counterfactual"][:, 1:][inputs["labels"][:, 1:] != -100]
+            weights = entropy_weights(outputs.entropy[scored], *bounds)
+        else:
+            paired = _like(scored, has_counterfactual)[scored]  # the k-th has the k-th counterfactual log-probability
             pir = personal_influence_ratio(log_probs[paired], counterfactual_log_probs)
             weights[paired] = perce_weights(pir, *bounds)
 
         mode = "train" if self.model.training else "eval"
-        counterfactual_mask = counterfactual.get("counterfactual_attention_mask", log_probs[:0])
+        factual_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         sums = [
             *(log_probs.numel(), -log_probs.sum(), weights.sum()),
             *((weights <= bounds[0]).sum(), (weights >= bounds[1]).sum()),
             *(pir.numel(), pir.sum(), (pir > 1).sum()),
-            *(counterfactual_mask.sum(), inputs["attention_mask"].sum()),
+            *(counterfactual_tokens, factual_tokens),
         ]
         self._token_sums[mode].append(torch.stack([torch.as_tensor(x, device=log_probs.device).float() for x in sums]))
 
         if args.weight_normalization == "sequence":
-            rows = outputs.label_mask.nonzero()[:, 0]
-            weights = normalize_weights(weights, rows, outputs.label_mask.size(0))
-        return torch.zeros_like(outputs.log_probs).masked_scatter(outputs.label_mask, weights.to(log_probs.dtype))
+            # Index of each token's row; with `padding_free` TRL's collator gives that of its document
+            rows = torch.arange(len(scored), device=scored.device)[:, None].expand_as(scored)
+            if "seq_idx" in inputs:
+                rows = _like(scored, inputs["seq_idx"])
+            weights = normalize_weights(weights, rows[scored].long(), int(rows.max()) + 1)
+        return torch.zeros_like(outputs.log_probs).masked_scatter(scored, weights.to(log_probs.dtype))
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._e_step.store is not None:
+            self._e_step.store.save(output_dir, self.args.process_index, self.args.world_size)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._e_step.store is not None and checkpoint is not None:
+            rows = self._e_step.store.load(checkpoint)
+            logger.info(f"{checkpoint} holds the counterfactual log-probabilities of {rows} rows.")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
@@ -283,6 +309,11 @@ class PerCETrainer(SFTTrainer):
             if self.args.token_weighting == "perce":
                 metrics["counterfactual/token_ratio"] = [ours / theirs]
         super().log(logs, start_time)
+
+
+def _like(scored: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    # Scores are of the next token: one column less than tokens. Virtual tokens (prompt tuning) come before.
+    return torch.nn.functional.pad(tokens, (scored.size(1) - tokens.size(1), 0))
 
 
 def _mark_and_count(dataset, name: str, args: PerCEConfig, formatting_func):
