@@ -77,6 +77,15 @@ def make_tiny_model(kind: str, dtype=torch.float32, seed: int = 0):
 
 
 @pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tokenizer) -> str:
+    """A folder with a tiny random Llama and the tests' tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> str:
     """Folder of the real SmolLM2-135M-Instruct."""
     from smollm2 import ensure_smollm2

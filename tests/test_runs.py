@@ -1,20 +1,18 @@
-"""Whole runs in real processes: command line, two processes, resuming, adapters, NF4 on the real SmolLM2."""
+"""Whole runs: command line, resuming, adapters, NF4 on the real SmolLM2."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
 
 import pytest
 import torch
-import yaml
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TrainerCallback
 
 from conftest import ROOT, make_tiny_model
+from processes import adapter_of, assert_same_adapter, recipe, run
 from reference import make_rows, reference
 from trl_perce import PerCETrainer
 
@@ -29,15 +27,6 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory, tokenizer) -> str:
-    """A folder with a tiny random Llama and the tests' tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny")
-    make_tiny_model("llama").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def data_folder(tmp_path) -> str:
     folder = tmp_path / "data"
@@ -45,42 +34,6 @@ def data_folder(tmp_path) -> str:
     for split, rows in (("train", ROWS), ("test", ROWS[:3])):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
-
-
-def run(program, *arguments, timeout=300, **env) -> subprocess.CompletedProcess:
-    """Run a program of this environment from the root of the repository."""
-    result = subprocess.run(
-        [os.path.join(os.path.dirname(sys.executable), program), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result
-
-
-def recipe(path, **values) -> str:
-    values = {
-        **{"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "logging_steps": 1},
-        **{"use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": "all-linear"},
-        **{"learning_rate": 1.0e-2, "max_length": 128, "save_strategy": "no", "per_device_train_batch_size": 2},
-        **values,
-    }
-    path.write_text(yaml.safe_dump(values))
-    return str(path)
-
-
-def adapter_of(folder) -> dict[str, torch.Tensor]:
-    return load_file(os.path.join(folder, "adapter_model.safetensors"))
-
-
-def assert_same_adapter(one, two, atol=0.0):
-    assert one.keys() == two.keys()
-    assert any(value.abs().sum() > 0 for name, value in one.items() if "lora_B" in name)  # it did learn
-    for name in one:
-        assert torch.allclose(one[name], two[name], atol=atol, rtol=0), (name, (one[name] - two[name]).abs().max())
 
 
 # ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -141,46 +94,6 @@ def test_a_recipe_of_trls_sft_runs_unchanged_with_uniform(tmp_path, tiny_model):
         )
     assert len(losses[0]) == 2 and losses[0] == losses[1]
     assert_same_adapter(adapter_of(tmp_path / "trl"), adapter_of(tmp_path / "trl-perce"))
-
-
-# ── several processes ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_two_processes_give_the_loss_the_metrics_and_the_adapter_of_one(tmp_path, tiny_model):
-    # Few rows with personas: some micro-batches of one process have a counterfactual pass and the other's have none
-    rows = [row.tokenized() for row in make_rows(seed=21, count=16, with_persona=0.3)]
-    for split, chosen in (("train", rows), ("test", rows[:4])):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
-    values = {"model_name_or_path": tiny_model, "dataset_name": str(tmp_path), "eval_strategy": "epoch"}
-    values |= {"gradient_accumulation_steps": 2, "num_train_epochs": 2, "save_strategy": "epoch", "max_length": None}
-    values |= {
-        "lora_alpha": 8,
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-    }
-    config = recipe(tmp_path / "config.yaml", **values, train_sampling_strategy="sequential")
-    command = ("trl-perce", "train", "--config", config, "--output_dir")
-    run(*command, str(tmp_path / "one"), "--per_device_train_batch_size", "4")
-    launch = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
-    launch += ("--dynamo_backend", "no", "--main_process_port", "29631")
-    run(*command, str(tmp_path / "two"), "--per_device_train_batch_size", "2", *launch, ACCELERATE_USE_CPU="true")
-
-    adapter = adapter_of(tmp_path / "one")
-    assert max(value.abs().max() for name, value in adapter.items() if "lora_B" in name) > 1e-2
-    assert_same_adapter(adapter, adapter_of(tmp_path / "two"), atol=5e-6)
-    states = [json.loads((tmp_path / n / "checkpoint-4" / "trainer_state.json").read_text()) for n in ("one", "two")]
-    assert [state["train_batch_size"] for state in states] == [4, 2]
-    one, two = (state["log_history"] for state in states)
-    assert len(one) == len(two) and sum("loss" in log for log in one) == 4
-    compared = 0
-    for log, other in zip(one, two, strict=True):
-        names = [name for name in log if name.removeprefix("eval_") in {"loss", "nll"} or "/" in name]
-        for name in names:
-            assert other[name] == pytest.approx(log[name], rel=1e-4, abs=1e-6), name
-        compared += len(names)
-    assert compared > 30
 
 
 # ── resuming ─────────────────────────────────────────────────────────────────────────────────────────────────────────
