@@ -53,8 +53,9 @@ class PerCETrainer(SFTTrainer):
     `w_i = clip(PIR(y_i; θ), m, M)`, `PIR(y_i; θ) = log P_θ(y_i | p, x, y_<i) − log P_θ(y_i | x, y_<i)`.
 
     What alone changes against [`~trl.SFTTrainer`]: the preparation of a dataset finds the persona in it, the collator
-    adds the rows without their personas, and `compute_loss` weights the tokens. Everything else is inherited. With
-    `token_weighting="uniform"` the loss is that of [`~trl.SFTTrainer`], bit for bit.
+    adds the rows without their personas, `get_batch_samples` runs the E-step over the micro-batches of an optimizer step
+    ([`EStep`]), and `compute_loss` weights the tokens. Everything else is inherited. With `token_weighting="uniform"` the
+    loss is that of [`~trl.SFTTrainer`], bit for bit.
 
     Example:
 
