@@ -147,7 +147,7 @@ def plot(report: dict, folder: Path) -> list[Path]:
         handles = {}
         for axis in axes.flat:
             handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
         figure.suptitle(f"{model}, {quantization}: {cells[-1]['environment']['device']}", fontsize=11)
         paths.append(folder / f"step_cost_{model}_{quantization}.png")
         unfinished = paths[-1].with_suffix(".unfinished.png")
@@ -195,4 +195,5 @@ def _draw_profiles(axis, cells: list[dict]) -> None:
             axis.annotate(f"{row['ratio']:.2f}", (place, row["ratio"]), ha="center", va="bottom", fontsize=7)
     axis.plot([], [], color="black", linewidth=1.6, label="floor of a bar")
     axis.set_xticks(range(len(profiles)), profiles)
+    axis.set_xlim(-0.6, max(len(profiles), 2) - 0.4)
     axis.set_xlabel("LongLaMP profile")
