@@ -211,7 +211,6 @@ def within_memory(function, *arguments):
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):  # PyTorch's words on CPU
             raise
-    gc.collect()
     return result
 
 
