@@ -1,0 +1,316 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+What a PerCE step costs over a step of TRL's SFT: time against its arithmetic floor, and peak memory.
+
+    pip install -e '.[benchmarks]'
+    python examples/benchmarks/step_cost.py --models smollm2-135m --persona_lengths 256 1024 --profiles reviews
+
+In one process, on one model with random weights, TRL's `SFTTrainer` and `PerCETrainer` train in turn (A B A B …) from the same
+adapters on the same rows. A run is `epochs × steps_per_epoch` optimizer steps, where the epochs are as many as the longest
+refresh of the variants; its first step does not count. A step's time is the mean over the epochs of their medians over all
+rounds, so that `refresh3` is told by whole periods. The floor of the ratio is counted in flops.py.
+
+Writes step_cost.json after every cell, and of it step_cost.md and one picture for each model. A cell that is in
+step_cost.json with the same settings and device is not measured again. `--largest_persona` looks instead for the longest persona
+that trains under a memory limit, and writes largest_persona.json and .md. On CPU, Linux with glibc only.
+"""
+
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import itertools
+import json
+import logging
+import os
+import re
+import shlex
+import statistics
+import sys
+import warnings
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from peft import PeftModel
+from tqdm import tqdm
+from trl.kernels.chunked_logprob import _use_triton
+
+from cost_report import markdown, markdown_of_largest, plot
+from flops import Row, step_ratio_floor
+from largest import largest_that_fits
+from measure import VARIANTS, Run, train
+from shapes import CONFIGS, LORA_RANK, build_model
+
+
+# LongLaMP's mean prompt lengths with and without persona, in tokens of Qwen3 (Table 6 of the paper)
+PROFILES = {"abstracts": (975, 65), "reviews": (2063, 169), "topics": (1055, 55)}
+QUESTION, RESPONSE = 65, 250  # tokens; the paper's responses have 200 to 300
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "trl_perce")
+DEFAULTS = {
+    "cuda": {
+        "models": ["qwen3-4b"],
+        "quantization": ["bf16", "nf4"],
+        "persona_lengths": [256, 512, 1024, 2048, 4096, 8192, 16384],
+        "accumulation": [1, 8],
+        "checkpointing": ["on", "off"],
+        "rounds": 3,
+        "steps_per_epoch": 4,
+    },
+    "cpu": {
+        "models": ["smollm2-135m"],
+        "quantization": ["bf16"],
+        "persona_lengths": [256, 512, 1024],
+        "accumulation": [1],
+        "checkpointing": ["off"],
+        "rounds": 2,
+        "steps_per_epoch": 2,
+    },
+}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--models", nargs="+", choices=list(CONFIGS), help="Shapes. Default: smollm2-135m on CPU, qwen3-4b on a GPU.")
+    add("--quantization", nargs="+", choices=["bf16", "nf4"], help="Base weights. Default: bf16; on a GPU both.")
+    add("--persona_lengths", nargs="*", type=int, help="Tokens. Default: 256 to 1024 on CPU, to 16384 on a GPU.")
+    add(
+        "--profiles", nargs="*", choices=list(PROFILES), default=list(PROFILES), help="LongLaMP's tasks. Default: all."
+    )
+    add("--accumulation", nargs="+", type=int, help="Micro-batches a step. Default: 1; on a GPU 1 and 8.")
+    add("--checkpointing", nargs="+", choices=["on", "off"], help="Default: off; on a GPU both.")
+    add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="Trainers. Default: all.")
+    add("--rounds", type=int, help="Runs of each variant. Default: 2 on CPU, 3 on a GPU.")
+    add("--steps_per_epoch", type=int, help="Optimizer steps, at least 2. Default: 2 on CPU, 4 on a GPU.")
+    add("--batch_size", type=int, default=1, help="Rows on the device at a time. Default: 1.")
+    add("--question", type=int, default=QUESTION, help=f"Tokens, beside --persona_lengths. Default: {QUESTION}.")
+    add("--response", type=int, default=RESPONSE, help=f"Tokens. Default: {RESPONSE}.")
+    add("--counterfactual_batch_tokens", help="As in PerCEConfig: a number or 'auto'. Default: PerCEConfig's.")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--output_dir", type=Path, default=Path("outputs/step_cost"), help="Default: outputs/step_cost.")
+    add("--largest_persona", action="store_true", help="Look for the longest persona that trains. GPU only.")
+    add("--memory_gb", nargs="+", type=float, default=[12, 16, 24], help="Limits for it. Default: 12 16 24.")
+    args = parser.parse_args(arguments)
+    for name, default in DEFAULTS[args.device].items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if args.steps_per_epoch < 2:
+        parser.error("--steps_per_epoch must be at least 2, since the first step of a run does not count.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no GPU that PyTorch can use. Write --device cpu.")
+    if args.largest_persona and args.device != "cuda":
+        parser.error("--largest_persona caps the memory of a GPU, and there is none here (or --device is cpu).")
+    if args.counterfactual_batch_tokens not in (None, "auto"):
+        args.counterfactual_batch_tokens = int(args.counterfactual_batch_tokens)
+    return args
+
+
+def cells_of(args: argparse.Namespace) -> list[tuple[str, dict]]:
+    """What to measure: the kind of rows ("length" or the profile's name) and the settings, model after model."""
+    lengths = [("length", persona, args.question) for persona in args.persona_lengths]
+    lengths += [(name, PROFILES[name][0] - PROFILES[name][1], PROFILES[name][1]) for name in args.profiles]
+    kinds = itertools.product(args.models, args.quantization, args.checkpointing, args.accumulation, lengths)
+    return [
+        (
+            rows,
+            {
+                "model": model,
+                "quantization": quantization,
+                "persona": persona,
+                "question": question,
+                "response": args.response,
+                "batch_size": args.batch_size,
+                "accumulation": accumulation,
+                "checkpointing": checkpointing,
+                "variants": args.variants,
+                "rounds": args.rounds,
+                "steps_per_epoch": args.steps_per_epoch,
+                "counterfactual_batch_tokens": args.counterfactual_batch_tokens,
+                "lora_rank": LORA_RANK,
+            },
+        )
+        for model, quantization, checkpointing, accumulation, (rows, persona, question) in kinds
+    ]
+
+
+def measure_cell(model: PeftModel, settings: dict, device: str, progress: tqdm) -> dict[str, dict]:
+    """
+    Measure the variants in turn.
+
+    Returns:
+        `dict[str, dict]`: For each variant its `floor`, and either `seconds` a step, `peak_bytes` and all `step_seconds` (by
+            round and epoch), or `out_of_memory`.
+    """
+    row = Row(settings["persona"], settings["question"], settings["response"])
+    checkpointing = settings["checkpointing"] == "on"
+    refresh = {name: (VARIANTS[name] or {}).get("counterfactual_refresh_epochs", 1) for name in settings["variants"]}
+    run = Run(
+        row=row,
+        batch_size=settings["batch_size"],
+        accumulation=settings["accumulation"],
+        checkpointing=checkpointing,
+        steps_per_epoch=settings["steps_per_epoch"],
+        epochs=max(refresh.values()),
+        counterfactual_batch_tokens=settings["counterfactual_batch_tokens"],
+    )
+    sft_scores_all = not _use_triton(torch.device(device))
+    results = {}
+    for name in settings["variants"]:
+        counterfactual = (VARIANTS[name] or {}).get("counterfactual")
+        floor = step_ratio_floor(
+            model.config, row, LORA_RANK, checkpointing, counterfactual, refresh[name], sft_scores_all
+        )
+        results[name] = {"floor": floor, "step_seconds": [], "peak_bytes": 0}
+    for _ in range(settings["rounds"]):
+        for name, result in results.items():
+            progress.set_postfix_str(
+                f"{settings['model']} {settings['quantization']}, persona {row.persona}, accumulation "
+                f"{run.accumulation}, checkpointing {settings['checkpointing']}: {name}"
+            )
+            if "out_of_memory" not in result:
+                measured = within_memory(train, model, name, run, device)
+                if measured is None:
+                    results[name] = {"floor": result["floor"], "out_of_memory": True}
+                else:
+                    epochs, peak = measured
+                    del epochs[0][0]  # the first step warms up
+                    result["step_seconds"].append(epochs)
+                    result["peak_bytes"] = max(result["peak_bytes"], peak)
+            progress.update()
+    for result in results.values():
+        if "out_of_memory" not in result:
+            result["seconds"] = seconds_per_step(result["step_seconds"])
+    return results
+
+
+def seconds_per_step(rounds: list[list[list[float]]]) -> float:
+    """Mean over the epochs of the median, over all rounds, of the steps of that epoch."""
+    return statistics.mean(statistics.median(itertools.chain(*same_epoch)) for same_epoch in zip(*rounds, strict=True))
+
+
+def within_memory(function, *arguments):
+    """What the function returns, or `None` if it runs out of memory."""
+    result = None
+    try:
+        result = function(*arguments)
+    except (torch.OutOfMemoryError, MemoryError):
+        pass
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # PyTorch's words on CPU
+            raise
+    return result
+
+
+def find_largest(args: argparse.Namespace) -> None:
+    """For each model and memory limit, the longest persona with which two PerCE steps train; written after each."""
+    path = args.output_dir / "largest_persona.json"
+    largest = json.loads(path.read_text()) if path.exists() else []
+    kinds = list(itertools.product(args.models, args.quantization))
+    total = torch.cuda.get_device_properties(0).total_memory
+    with tqdm(total=len(kinds) * len(args.memory_gb), disable=not sys.stderr.isatty()) as progress:
+        for name, quantization in kinds:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+            model = build_model(CONFIGS[name], quantization, "cuda")
+            for memory_gb in args.memory_gb:
+                settings = {"model": name, "quantization": quantization, "memory_gb": memory_gb}
+                settings |= {"question": args.question, "response": args.response, "lora_rank": LORA_RANK}
+                progress.set_postfix_str(f"{name} {quantization} under {memory_gb:g} GB")
+                if not measured_before(largest, settings):
+                    torch.cuda.empty_cache()
+                    torch.cuda.set_per_process_memory_fraction(min(memory_gb * 2**30 / total, 1.0))
+                    persona = largest_that_fits(
+                        lambda persona, model=model: fits(model, Row(persona, args.question, args.response)),
+                        limit=CONFIGS[name].max_position_embeddings - args.question - args.response,
+                    )
+                    largest.append({"settings": settings, "environment": environment(), "persona": persona})
+                    write(path, json.dumps(largest, indent=1))
+                    write(path.with_suffix(".md"), markdown_of_largest(largest))
+                progress.update()
+            del model
+            gc.collect()
+    print(path.with_suffix(".md").read_text())
+
+
+def fits(model: PeftModel, row: Row) -> bool:
+    # Two steps: the second has the optimizer's states beside it
+    run = Run(row=row, batch_size=1, accumulation=1, checkpointing=True, steps_per_epoch=2, epochs=1)
+    return within_memory(train, model, "drop", run, "cuda") is not None
+
+
+def environment() -> dict:
+    """Where and with what a cell is measured."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        device = f"{found[1] if found else 'CPU'}, {torch.get_num_threads()} threads"
+    return {
+        "device": device,
+        "date": datetime.date.today().isoformat(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def measured_before(entries: list[dict], settings: dict) -> bool:
+    device = environment()["device"]
+    return any(entry["settings"] == settings and entry["environment"]["device"] == device for entry in entries)
+
+
+def write(path: Path, text: str) -> None:
+    """The whole file or none."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def measure_all(args: argparse.Namespace) -> None:
+    path = args.output_dir / "step_cost.json"
+    report = json.loads(path.read_text()) if path.exists() else {"cells": []}
+    cells = [(rows, settings) for rows, settings in cells_of(args) if not measured_before(report["cells"], settings)]
+    runs = len(cells) * args.rounds * len(args.variants)
+    model, built = None, None
+    with tqdm(total=runs, unit="run", disable=not sys.stderr.isatty()) as progress:
+        for rows, settings in cells:
+            kind = settings["model"], settings["quantization"]
+            if kind != built:
+                model = None  # before the next one is built
+                gc.collect()
+                model, built = build_model(CONFIGS[kind[0]], kind[1], args.device), kind
+            results = measure_cell(model, settings, args.device, progress)
+            cell = {"rows": rows, "settings": settings, "environment": environment(), "results": results}
+            report["cells"].append(cell)
+            write(path, json.dumps(report, indent=1))
+            write(path.with_suffix(".md"), markdown(report))
+            plot(report, args.output_dir)
+    print(markdown(report))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("trl_perce").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)  # names that TRL and transformers are about to change
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    if args.largest_persona:
+        find_largest(args)
+    else:
+        measure_all(args)
+
+
+if __name__ == "__main__":
+    main()
