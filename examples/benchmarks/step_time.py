@@ -11,10 +11,11 @@
 # limitations under the License.
 
 """
-What PerCE costs over TRL's own SFT: step times and peak memory of `token_weighting: uniform` (TRL's SFT) and `perce`, in one
-process, on the same rows, interleaved A B A B. Prints medians and their ratio.
+What PerCE costs over TRL's own SFT on the data and with the model of a recipe: step times and peak memory of
+`token_weighting: uniform` (TRL's SFT) and `perce`, in one process, on the same rows, interleaved A B A B. Prints medians and
+their ratio. (step_cost.py does so for given lengths, and counts what the ratio must be.)
 
-    python examples/step_time.py --config recipes/SmolLM2-135M-Instruct/persona_qa/config_lora.yaml \
+    python examples/benchmarks/step_time.py --config recipes/SmolLM2-135M-Instruct/persona_qa/config_lora.yaml \
         --model_name_or_path .cache/SmolLM2-135M-Instruct --dataset_name data/product_review --max_length 1024
 
 Takes the arguments of `trl-perce train`; `--max_steps` (default 4) is the number of steps a round, the first of which does
@@ -22,40 +23,18 @@ not count, and there are 3 rounds. Linux only (it reads /proc).
 """
 
 import copy
-import re
 import statistics
 import sys
-import time
-from pathlib import Path
 
-from transformers import TrainerCallback
+import torch
 from trl import get_peft_config, get_quantization_config
 
+from measure import StepTimes, peak_memory, reset_peak_memory
 from trl_perce import PerCETrainer
 from trl_perce.cli.train import load_data, make_parser
 
 
 ROUNDS = 3
-
-
-class StepTimes(TrainerCallback):
-    """Notes the seconds of each optimizer step."""
-
-    def __init__(self):
-        self.seconds = []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(time.perf_counter() - self.started)
-
-
-def peak_memory(reset: bool = False) -> float:
-    """Peak resident memory in MiB since the last reset."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def main() -> None:
@@ -68,6 +47,7 @@ def main() -> None:
     training_args.disable_tqdm = True
     dataset = load_data(script_args, dataset_args)[script_args.dataset_train_split]
 
+    device = "cuda" if torch.cuda.is_available() and not training_args.use_cpu else "cpu"
     trainers, times, memory, tokens = {}, {}, {}, 0
     for weighting in ("uniform", "perce"):
         args = copy.copy(training_args)
@@ -84,11 +64,11 @@ def main() -> None:
     counted = {weighting: [] for weighting in trainers}
     for _ in range(ROUNDS):
         for weighting, trainer in trainers.items():
-            times[weighting].seconds.clear()
-            peak_memory(reset=True)
+            times[weighting].epochs.clear()
+            reset_peak_memory(device)
             trainer.train()
-            memory[weighting] = max(memory.get(weighting, 0), peak_memory())
-            counted[weighting] += times[weighting].seconds[1:]
+            memory[weighting] = max(memory.get(weighting, 0), peak_memory(device) / 2**20)
+            counted[weighting] += [seconds for epoch in times[weighting].epochs for seconds in epoch][1:]
             tokens = trainer.state.log_history[-2]["num_tokens"] / trainer.state.global_step
 
     median = {weighting: statistics.median(seconds) for weighting, seconds in counted.items()}
