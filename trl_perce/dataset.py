@@ -15,6 +15,7 @@
 tokenization (`add_persona_mask`).
 """
 
+import copy
 import json
 from typing import Any
 
@@ -26,6 +27,7 @@ from trl import is_conversational
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import global_then_local_main_first
 
+from . import __version__
 from .persona import PersonaError, Span, TokenBytes, byte_mask, mark_persona, render, token_mask, trim_persona
 
 
@@ -267,6 +269,8 @@ def _first_row(dataset, name: str) -> dict[str, Any]:
 def _map(dataset, function, args, desc: str, fn_kwargs: dict[str, Any], **kwargs):
     if isinstance(dataset, Dataset):  # `IterableDataset.map` supports neither
         kwargs |= {"num_proc": args.dataset_num_proc, "desc": desc}
+    # `datasets` knows a module's function by its name alone: another version of it must not find this one's cache
+    fn_kwargs = {**fn_kwargs, "version": __version__}
     with global_then_local_main_first():
         return dataset.map(function, with_indices=True, fn_kwargs=fn_kwargs, **kwargs)
 
@@ -289,7 +293,10 @@ def _spans(example: dict[str, Any]) -> list[Span]:
     return [Span(*span) for span in json.loads(example.get(SPANS_COLUMN, "[]"))]
 
 
-def _mark_row(example, index, name, formatting_func, text_field, start_marker, end_marker):
+def _mark_row(example, index, version, name, formatting_func, text_field, start_marker, end_marker):
+    for column in {"prompt", "completion", "messages", "conversations"} & {*example}:
+        # Marks are taken out in place, and a stream may hand out the same messages again
+        example[column] = copy.deepcopy(example[column])
     with _naming_row(name, index):
         if formatting_func is not None:
             # `SFTTrainer` writes the formatted text to this column
@@ -301,7 +308,17 @@ def _mark_row(example, index, name, formatting_func, text_field, start_marker, e
 
 
 def _mask_row(
-    example, index, name, tokenizer, token_bytes, chat_template, text_field, max_length, truncate_persona, keep_end
+    example,
+    index,
+    version,
+    name,
+    tokenizer,
+    token_bytes,
+    chat_template,
+    text_field,
+    max_length,
+    truncate_persona,
+    keep_end,
 ) -> dict[str, Any]:
     ids = example["input_ids"]
     spans = _spans(example)
