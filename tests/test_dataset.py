@@ -2,12 +2,15 @@
 
 import copy
 import logging
+import subprocess
+import sys
 
 import pytest
 from datasets import Dataset, IterableDataset
+from tokenizers import normalizers
 from trl import SFTConfig, SFTTrainer
 
-from conftest import make_tiny_model
+from conftest import ROOT, make_tiny_model
 from trl_perce import PerCETrainer, PersonaError
 
 
@@ -193,6 +196,56 @@ def test_two_processes_prepare_the_same_rows(prepare):
     assert one.to_list() == two.to_list()
 
 
+def test_a_tokenizer_whose_tokens_do_not_spell_the_text(prepare, make_args, tokenizer):
+    # It writes in lower case: where the persona is, only its offsets tell
+    lowering = copy.deepcopy(tokenizer)
+    lowering.backend_tokenizer.normalizer = normalizers.Lowercase()
+    row = {"prompt": f"Me: <persona>{PERSONA}</persona> What?", "completion": " A needle."}
+    trainer = PerCETrainer(
+        make_tiny_model("llama"),
+        make_args(max_length=None),
+        train_dataset=Dataset.from_list([row]),
+        processing_class=lowering,
+    )
+    (got,) = trainer.train_dataset
+    assert tokenizer.decode(got["input_ids"]).startswith(f"me: {PERSONA.lower()} what?")
+    assert decoded_persona(got, tokenizer).strip() == PERSONA.lower()
+
+
+def test_a_second_start_finds_the_cache(tmp_path, tokenizer):
+    rows = [{"prompt": f"Me: <persona>{PERSONA}</persona> {i}?", "completion": " A needle."} for i in range(20)]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+
+    def files_after_start_of_a_process(*options) -> dict[str, int]:
+        script = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from conftest import make_tiny_model
+from datasets import load_from_disk
+from transformers import AutoTokenizer
+from trl_perce import PerCEConfig, PerCETrainer
+
+trainer = PerCETrainer(
+    make_tiny_model("llama"),
+    PerCEConfig("{tmp_path}/out", use_cpu=True, bf16=False, report_to="none", {", ".join(options)}),
+    train_dataset=load_from_disk("{tmp_path}/rows"),
+    processing_class=AutoTokenizer.from_pretrained("{tmp_path}/tokenizer"),
+)
+assert len(trainer.train_dataset) == 20 and max(trainer.train_dataset[3]["persona_mask"]) == 1
+"""
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+        assert result.returncode == 0, result.stderr
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "rows").glob("cache-*.arrow")}
+
+    first = files_after_start_of_a_process("max_length=30")
+    assert len(first) == 7  # marked, ended with EOS, tokenized, labelled, masked, truncated, filtered
+    assert files_after_start_of_a_process("max_length=30") == first
+    # Masked (trimmed), truncated and filtered anew, the rest is the same
+    other = files_after_start_of_a_process("max_length=25")
+    assert first.items() < other.items() and len(other) == len(first) + 3
+
+
 # ── max_length ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -278,6 +331,18 @@ def test_streaming_from_a_generator(prepare, tokenizer):
         f"I sew {i}" for i in range(5)
     ]
     trainer.train()
+
+
+def test_a_stream_that_hands_out_the_same_objects_in_each_epoch(prepare, tokenizer):
+    rows = [{"prompt": [user(f"Me: <persona>{PERSONA}</persona>\nWhat?")], "completion": [assistant("A needle.")]}]
+
+    def generate():
+        yield from rows
+
+    trainer = prepare(PerCETrainer, None, lambda _: IterableDataset.from_generator(generate), max_steps=1)
+    for _ in range(2):
+        (row,) = trainer.train_dataset
+        assert decoded_persona(row, tokenizer).strip() == PERSONA
 
 
 def test_batches_are_not_dispatched(prepare, caplog):

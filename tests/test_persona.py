@@ -6,9 +6,13 @@ from importlib import resources
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from trl_perce.persona import (
     PersonaError,
+    TokenBytes,
+    byte_mask,
     mark_persona,
     render,
     split_at_markers,
@@ -286,6 +290,60 @@ def test_no_byte_of_the_persona_stays_on_a_real_tokenizer(smollm2_tokenizer, tex
         assert masked or not overlaps
         position += size
     assert start < end or not any(mask)
+
+
+def check_byte_mask(tokenizer, text, data):
+    """`byte_mask` of the tokenizer's tokens is `token_mask` of the offsets that it gives itself."""
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    spans = [(a, b) for a, b in zip(cuts[::2], cuts[1::2], strict=False) if a < b]
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    token_bytes = TokenBytes(tokenizer)
+    mask = byte_mask([token_bytes[token] for token in encoded["input_ids"]], text, spans)
+    assert mask == token_mask(encoded["offset_mapping"], spans)
+
+
+TEXTS = st.text(st.sampled_from("ab é🧵👩🏽‍🚀北\n\t {}.▁"), max_size=40)
+
+
+@settings(max_examples=200)
+@given(TEXTS, st.data())
+def test_the_tokens_bytes_give_the_mask_of_the_offsets(smollm2_tokenizer, text, data):
+    pieces = data.draw(st.lists(st.sampled_from(["<|im_start|>", "<|im_end|>", text, text[::-1], "needles, "])))
+    check_byte_mask(smollm2_tokenizer, "".join(pieces), data)
+
+
+@pytest.fixture(scope="module")
+def gemma_like():
+    """A vocabulary that writes a space as `▁` and falls back on bytes, as Gemma's does."""
+    tokens = [*"▁ab.é", "▁▁", "▁a", "▁ab", "ab", *(f"<0x{byte:02X}>" for byte in range(256))]
+    merges = [("▁", "▁"), ("▁", "a"), ("a", "b"), ("▁a", "b")]
+    bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges, byte_fallback=True))
+    bpe.normalizer = normalizers.Replace(" ", "▁")
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe)
+
+
+@settings(max_examples=200)
+@given(st.text(st.sampled_from("ab é🧵北\n."), max_size=30), st.data())
+def test_the_tokens_bytes_of_a_vocabulary_with_byte_fallback(gemma_like, text, data):
+    check_byte_mask(gemma_like, text, data)
+
+
+def test_tokens_that_are_not_the_texts_are_noticed(gemma_like, smollm2_tokenizer):
+    for tokenizer, text, others in (
+        (gemma_like, "a▁b", []),  # its tokens say "a b"
+        (smollm2_tokenizer, "I sew", smollm2_tokenizer("!")["input_ids"]),
+    ):
+        token_bytes = TokenBytes(tokenizer)
+        pieces = [token_bytes[token] for token in tokenizer(text)["input_ids"] + others]
+        assert byte_mask(pieces, text, [(0, 1)]) is None
+
+
+@given(tilings())
+def test_bytes_of_a_text_of_one_byte_a_character(tiling):
+    offsets, spans = tiling
+    size = offsets[-1][1]
+    assert byte_mask([b"a" * (end - start) for start, end in offsets], "a" * size, spans) == token_mask(offsets, spans)
 
 
 @given(st.lists(st.integers(0, 1), max_size=40), st.integers(0, 45))

@@ -15,30 +15,35 @@
 tokenization (`add_persona_mask`).
 """
 
+import copy
 import json
-from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational, pack_dataset
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import global_then_local_main_first
 
-from .persona import PersonaError, Span, mark_persona, render, token_mask, trim_persona
+from . import __version__
+from .persona import PersonaError, Span, TokenBytes, byte_mask, mark_persona, render, token_mask, trim_persona
 
 
 logger = get_logger(__name__)
 
 # Columns that live between the two functions. JSON, since Arrow cannot infer the type of lists that are all empty.
 SPANS_COLUMN = "_persona_spans"
+# Number of tokens that were trimmed, or one of the following
 _TRIMMED_COLUMN = "_persona_trimmed"
-# "kept", "left out" (does not fit without its persona), or "cut" (by TRL, since it has no persona to trim)
-_FATE_COLUMN = "_persona_fate"
+_LEFT_OUT = -1  # does not fit without its persona
+_CUT = -2  # by TRL, since it has no persona to trim
 
 # What is looked at ahead: a streaming dataset cannot be counted, so its first rows stand for it.
 _SAMPLE = 100
+# Rows that are read at a time
+_BATCH = 1000
 
 
 def mark_dataset(dataset, name: str, args, formatting_func=None):
@@ -100,12 +105,16 @@ def count_personas(dataset, name: str, args) -> int:
     """
     streaming = isinstance(dataset, IterableDataset)
     if streaming:
-        rows = dataset.take(_SAMPLE)
-    else:  # read no more than what tells
+        examples = list(dataset.take(_SAMPLE))
+        rows = len(examples)
+    else:  # read no more than what tells, in batches, which is much faster
         columns = [column for column in (SPANS_COLUMN, "persona_mask") if column in dataset.column_names]
-        rows = dataset.select_columns(columns or dataset.column_names[:1])
-    flags = [has_persona(example) for example in rows]
-    found, rows = sum(flags), len(flags)
+        batches = dataset.select_columns(columns).iter(_BATCH) if columns else ()
+        examples = (
+            dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True)
+        )
+        rows = len(dataset)
+    found = sum(map(has_persona, examples))
     if args.token_weighting == "perce" and found == 0:
         message = f"{name} dataset: no row {f'of the first {rows} ' if streaming else ''}has a persona."
         if name == "train":
@@ -169,6 +178,12 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, cha
     Raises:
         `PersonaError`: A mask cannot be aligned with TRL's tokens; the message names the row and the reason.
     """
+    features = None
+    if isinstance(dataset, Dataset):  # small integers: the mask is as long as the tokens
+        features = dataset.features.copy()
+        features.pop(SPANS_COLUMN, None)
+        features.setdefault("persona_mask", List(Value("int8")))
+        features[_TRIMMED_COLUMN] = Value("int32")
     dataset = _map(
         dataset,
         _mask_row,
@@ -177,6 +192,7 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, cha
         {
             "name": name,
             "tokenizer": tokenizer,
+            "token_bytes": TokenBytes(tokenizer),
             "chat_template": chat_template,
             "text_field": args.dataset_text_field,
             "max_length": args.max_length,
@@ -184,20 +200,22 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, cha
             "keep_end": args.truncation_mode == "keep_end",
         },
         remove_columns=[SPANS_COLUMN] if SPANS_COLUMN in get_dataset_column_names(dataset) else None,
+        features=features,
     )
     report = _TrimReport(name, args.max_length)
     if isinstance(dataset, IterableDataset):
         dataset = dataset.filter(report.keeps, with_indices=True)
     else:
-        report.add(dataset[_TRIMMED_COLUMN], dataset[_FATE_COLUMN])
+        trimmed = dataset.with_format("numpy")[_TRIMMED_COLUMN][:]
+        report.add(trimmed)
         report.log()
         if report.left_out == report.rows:
             raise PersonaError(
                 f"{name} dataset: no row fits into `max_length={args.max_length}` without its persona. Raise `max_length`."
             )
         if report.left_out:
-            dataset = dataset.select([i for i, fate in enumerate(dataset[_FATE_COLUMN]) if fate != "left out"])
-    return dataset.remove_columns([_TRIMMED_COLUMN, _FATE_COLUMN])
+            dataset = dataset.select(np.flatnonzero(trimmed != _LEFT_OUT))
+    return dataset.remove_columns(_TRIMMED_COLUMN)
 
 
 def pack_dataset_with_mask(dataset, name: str, args):
@@ -231,22 +249,20 @@ class _TrimReport:
         self.rows = self.trimmed_rows = self.trimmed_tokens = self.left_out = self.cut = 0
         self._next_log = 1
 
-    def add(self, trimmed: Iterable[int], fates: Iterable[str]) -> None:
-        for tokens, fate in zip(trimmed, fates, strict=True):
-            self.rows += 1
-            self.left_out += fate == "left out"
-            self.cut += fate == "cut"
-            if fate != "left out":
-                self.trimmed_rows += tokens > 0
-                self.trimmed_tokens += tokens
+    def add(self, trimmed: np.ndarray) -> None:
+        self.rows += len(trimmed)
+        self.left_out += int((trimmed == _LEFT_OUT).sum())
+        self.cut += int((trimmed == _CUT).sum())
+        self.trimmed_rows += int((trimmed > 0).sum())
+        self.trimmed_tokens += int(trimmed[trimmed > 0].sum())
 
     def keeps(self, example: dict[str, Any], index: int) -> bool:
         if index >= self.rows:  # not yet counted by an earlier pass over the stream
-            self.add([example[_TRIMMED_COLUMN]], [example[_FATE_COLUMN]])
+            self.add(np.array([example[_TRIMMED_COLUMN]]))
         if self.trimmed_rows + self.left_out + self.cut >= self._next_log:
             self._next_log *= 10
             self.log()
-        return example[_FATE_COLUMN] != "left out"
+        return example[_TRIMMED_COLUMN] != _LEFT_OUT
 
     def log(self) -> None:
         if self.trimmed_rows:
@@ -273,12 +289,13 @@ def _first_row(dataset, name: str) -> dict[str, Any]:
     return row
 
 
-def _map(dataset, function, args, desc: str, fn_kwargs: dict[str, Any], remove_columns: list[str] | None = None):
-    kwargs = {}
+def _map(dataset, function, args, desc: str, fn_kwargs: dict[str, Any], **kwargs):
     if isinstance(dataset, Dataset):  # `IterableDataset.map` supports neither
-        kwargs = {"num_proc": args.dataset_num_proc, "desc": desc}
+        kwargs |= {"num_proc": args.dataset_num_proc, "desc": desc}
+    # `datasets` knows a module's function by its name alone: another version of it must not find this one's cache
+    fn_kwargs = {**fn_kwargs, "version": __version__}
     with global_then_local_main_first():
-        return dataset.map(function, with_indices=True, fn_kwargs=fn_kwargs, remove_columns=remove_columns, **kwargs)
+        return dataset.map(function, with_indices=True, fn_kwargs=fn_kwargs, **kwargs)
 
 
 class _naming_row:
@@ -299,49 +316,58 @@ def _spans(example: dict[str, Any]) -> list[Span]:
     return [Span(*span) for span in json.loads(example.get(SPANS_COLUMN, "[]"))]
 
 
-def _mark_row(example, index, name, formatting_func, text_field, start_marker, end_marker):
+def _mark_row(example, index, version, name, formatting_func, text_field, start_marker, end_marker):
+    for column in {"prompt", "completion", "messages", "conversations"} & {*example}:
+        # Marks are taken out in place, and a stream may hand out the same messages again
+        example[column] = copy.deepcopy(example[column])
     with _naming_row(name, index):
         if formatting_func is not None:
             # `SFTTrainer` writes the formatted text to this column
             example["text"] = formatting_func(example)
         example, spans = mark_persona(example, text_field, start_marker, end_marker)
-    return {**example, SPANS_COLUMN: json.dumps(spans)}
+    # The row itself: what was not read of it passes on as it is
+    example[SPANS_COLUMN] = json.dumps(spans)
+    return example
 
 
 def _mask_row(
-    example, index, name, tokenizer, chat_template, text_field, max_length, truncate_persona, keep_end
+    example,
+    index,
+    version,
+    name,
+    tokenizer,
+    token_bytes,
+    chat_template,
+    text_field,
+    max_length,
+    truncate_persona,
+    keep_end,
 ) -> dict[str, Any]:
-    ids, labels = example["input_ids"], example["labels"]
+    ids = example["input_ids"]
     spans = _spans(example)
-    if spans:
-        with _naming_row(name, index):
+    with _naming_row(name, index):
+        if spans:
             text, char_spans = render(example, spans, tokenizer, chat_template, text_field)
-            encoded = tokenizer(text, add_special_tokens=not is_conversational(example), return_offsets_mapping=True)
-            _check_same_tokens(encoded["input_ids"], ids, tokenizer)
-            mask = token_mask(encoded["offset_mapping"], char_spans)
-    else:
-        mask = example.get("persona_mask") or [0] * len(ids)
-        with _naming_row(name, index):
+            mask = byte_mask([token_bytes[token] for token in ids], text, char_spans)
+            if mask is None:  # the tokenizer adds, changes or leaves out characters: ask it where its tokens are
+                encoded = tokenizer(
+                    text, add_special_tokens=not is_conversational(example), return_offsets_mapping=True
+                )
+                _check_same_tokens(encoded["input_ids"], ids, tokenizer)
+                mask = token_mask(encoded["offset_mapping"], char_spans)
+        else:
+            mask = example.get("persona_mask") or [0] * len(ids)
             _check_mask(mask, ids)
 
-    before, fate = len(ids), "kept"
-    if max_length is not None and before > max_length:
-        if truncate_persona and any(mask):
-            keep = trim_persona(mask, max_length)
-            ids, labels, mask = ([column[index] for index in keep] for column in (ids, labels, mask))
-            if len(ids) > max_length:
-                fate = "left out"
-        else:
-            # TRL truncates `input_ids` and `labels` next, in the same way
-            mask = mask[-max_length:] if keep_end else mask[:max_length]
-            fate = "cut"
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "persona_mask": mask,
-        _TRIMMED_COLUMN: before - len(ids),
-        _FATE_COLUMN: fate,
-    }
+    if max_length is None or len(ids) <= max_length:
+        return {"persona_mask": mask, _TRIMMED_COLUMN: 0}
+    if not truncate_persona or not any(mask):
+        # TRL truncates `input_ids` and `labels` next, in the same way
+        return {"persona_mask": mask[-max_length:] if keep_end else mask[:max_length], _TRIMMED_COLUMN: _CUT}
+    keep = trim_persona(mask, max_length)
+    columns = {"input_ids": ids, "labels": example["labels"], "persona_mask": mask}
+    trimmed = {key: [column[position] for position in keep] for key, column in columns.items()}
+    return {**trimmed, _TRIMMED_COLUMN: len(ids) - len(keep) if len(keep) <= max_length else _LEFT_OUT}
 
 
 def _check_mask(mask: list[int], ids: list[int]) -> None:

@@ -18,9 +18,13 @@ Everything here works on one row. `dataset.py` runs it over a dataset.
 
 import copy
 import json
+import re
+from bisect import bisect_left, bisect_right
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
+from tokenizers import decoders, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational, maybe_convert_to_chatml
 
@@ -29,6 +33,10 @@ PLACEHOLDER = "{persona}"
 # Stands in for a span's border while a chat template renders the row. Unicode keeps U+FDD0 free for internal use: it is
 # no character, no template treats it as white space, and valid text does not hold it.
 _BORDER = "\ufdd0"
+# The character that stands for each byte in a byte-level vocabulary: printable ones for themselves, then from U+0100 on
+_ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+_PRINTABLE = [ord(character) for character in _ALPHABET if ord(character) < 256]
+_BYTES = dict(zip(_ALPHABET, [*_PRINTABLE, *sorted(set(range(256)) - {*_PRINTABLE})], strict=True))
 
 
 class PersonaError(ValueError):
@@ -316,6 +324,59 @@ def token_mask(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> 
         while first < len(spans) and spans[first][1] <= start:
             first += 1
         mask.append(int(first < len(spans) and spans[first][0] < end and start < end))
+    return mask
+
+
+class TokenBytes(dict):
+    """
+    The bytes of text that each token stands for, found when first asked for: in byte-level vocabularies (GPT-2's, Llama
+    3's, Qwen's) and in those that write a space as `▁` (Gemma's). Of other tokenizers they need not be right, which
+    [`byte_mask`] notices.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A fast tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.byte_level = isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
+
+    def __missing__(self, token_id: int) -> bytes:
+        token = self.tokenizer.convert_ids_to_tokens(token_id) or ""
+        if self.byte_level:
+            # A character that stands for no byte is in an added token, which is as it stands in the text
+            known = all(character in _BYTES for character in token)
+            value = bytes(_BYTES[character] for character in token) if known else token.encode()
+        elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+            value = bytes([int(token[3:5], 16)])
+        else:
+            value = token.replace("▁", " ").encode()
+        self[token_id] = value
+        return value
+
+
+def byte_mask(pieces: list[bytes], text: str, spans: list[tuple[int, int]]) -> list[int] | None:
+    """
+    [`token_mask`] from the tokens' bytes, without tokenizing the text again.
+
+    Args:
+        pieces (`list[bytes]`): Bytes of each token, in order.
+        text (`str`): What the tokens should stand for.
+        spans (`list[tuple[int, int]]`): Half-open character spans in the text, in order, none of them empty.
+
+    Returns:
+        `list[int]` or `None`: For each token 1 (inside of a span) or 0; `None` if the tokens' bytes are not, one after the
+        other, those of the text: then they do not tell where the tokens are.
+    """
+    if b"".join(pieces) != text.encode():
+        return None
+    ends = list(accumulate(map(len, pieces)))
+    mask = [0] * len(pieces)
+    for start, end in spans:
+        start, end = (len(text[:character].encode()) for character in (start, end))
+        first, last = bisect_right(ends, start), bisect_left(ends, end)
+        mask[first : last + 1] = [1] * (last + 1 - first)
     return mask
 
 
