@@ -315,7 +315,8 @@ def test_rows_that_skip_preparation(prepare):
     rows = [tokenized(2, 3, 2, 3)]
     trainer = prepare(PerCETrainer, rows, dataset_kwargs={"skip_prepare_dataset": True})
     batch = next(iter(trainer.get_train_dataloader()))
-    assert batch["counterfactual_input_ids"].tolist() == [[4, 5, 9, 10, 11, 12, 13]]
+    (row,) = batch["counterfactual_rows"]
+    assert row["input_ids"].tolist() == [4, 5, 9, 10, 11, 12, 13]
     with pytest.raises(ValueError, match="needs a dataset with the columns 'input_ids', 'labels' and 'persona_mask'"):
         rows = [{key: value for key, value in rows[0].items() if key != "persona_mask"}]
         prepare(PerCETrainer, rows, dataset_kwargs={"skip_prepare_dataset": True})
