@@ -62,7 +62,6 @@ def test_the_files_of_several_processes_are_read_by_any_number(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["counterfactual_log_probs_0.safetensors"]
     assert LogProbStore(3).load(str(tmp_path)) == 2
     empty = tmp_path / "empty"
-    empty.mkdir()
     LogProbStore(3).save(str(empty), 0, 1)
     assert LogProbStore(3).load(str(empty)) == 0
 

@@ -72,6 +72,7 @@ class LogProbStore:
 
     def save(self, folder: str, process_index: int, num_processes: int) -> None:
         """Write what this process alone knows, the first process also what all know, to a file of its own in `folder`."""
+        os.makedirs(folder, exist_ok=True)  # the first process may not have made it yet
         entries = self._kept | self._new if process_index == 0 else self._new
         if process_index == 0:  # of an earlier save with more processes
             for path in Path(folder).glob(_FILE.format("*")):
