@@ -132,6 +132,8 @@ class EStep:
         for chunk in self._chunks([len(rows[index]["input_ids"]) for index in missing], batches):
             members = [missing[index] for index in chunk]
             scored = self._forward(model, [rows[index] for index in members] or [_nothing(batches[0])])
+            if store is not None:
+                scored = scored.cpu()  # where the kept ones are
             counts = [int((rows[index]["labels"] != -100).sum()) for index in members]
             for index, row_log_probs in zip(members, scored.split(counts), strict=False):
                 log_probs[index] = row_log_probs
@@ -143,8 +145,8 @@ class EStep:
         for batch, batch_rows in zip(batches, window, strict=True):
             indices = range(start, start + len(batch_rows))
             start += len(batch_rows)
-            own = [torch.empty(0), *(log_probs[index] for index in indices)]
-            batch["counterfactual_log_probs"] = torch.cat([part.to(self.accelerator.device) for part in own])
+            own = [log_probs[index] for index in indices] or [torch.empty(0)]
+            batch["counterfactual_log_probs"] = torch.cat(own).to(self.accelerator.device)
             batch["counterfactual_tokens"] = sum(len(rows[i]["input_ids"]) for i in indices if i in computed)
 
     def _chunks(self, lengths: list[int], batches: list[dict[str, Any]]) -> list[list[int]]:

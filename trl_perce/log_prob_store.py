@@ -64,8 +64,8 @@ class LogProbStore:
         return entry[1] if entry is not None and self._is_current(entry) else None
 
     def put(self, row: dict[str, np.ndarray], log_probs: torch.Tensor) -> None:
-        """Keep the log-probabilities of a row, `torch.float32` of shape `(N,)`, computed in the current epoch."""
-        self._new[_key(row)] = (self.epoch, log_probs.cpu().clone())
+        """Keep the log-probabilities of a row, `torch.float32` of shape `(N,)` on the CPU, computed in this epoch."""
+        self._new[_key(row)] = (self.epoch, log_probs.clone())
 
     def _is_current(self, entry: tuple[int, torch.Tensor]) -> bool:
         return self.epoch < entry[0] + self.refresh_epochs
