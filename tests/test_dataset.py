@@ -239,11 +239,11 @@ assert len(trainer.train_dataset) == 20 and max(trainer.train_dataset[3]["person
         return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "rows").glob("cache-*.arrow")}
 
     first = files_after_start_of_a_process("max_length=30")
-    assert len(first) == 7  # marked, ended with EOS, tokenized, labelled, masked, truncated, filtered
+    assert len(first) == 5  # marked, ended with EOS, tokenized, labelled, masked: nothing is left for TRL to truncate
     assert files_after_start_of_a_process("max_length=30") == first
-    # Masked (trimmed), truncated and filtered anew, the rest is the same
+    # Masked (trimmed) anew, the rest is the same
     other = files_after_start_of_a_process("max_length=25")
-    assert first.items() < other.items() and len(other) == len(first) + 3
+    assert first.items() < other.items() and len(other) == len(first) + 1
 
 
 # ── max_length ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -256,6 +256,13 @@ def tokenized(before, persona, after, response):
         "labels": [-100] * (size - response) + list(range(4 + size - response, 4 + size)),
         "persona_mask": [0] * before + [1] * persona + [0] * (after + response),
     }
+
+
+@pytest.mark.parametrize("too_long", [False, True])
+def test_rows_without_a_trained_token_are_dropped_as_by_trl(prepare, too_long):
+    rows = [tokenized(2, 8 if too_long else 3, 2, 0), tokenized(2, 3, 2, 3), tokenized(2, 0, 2, 0)]
+    trainer = prepare(PerCETrainer, rows, max_length=10)
+    assert list(trainer.train_dataset["input_ids"]) == [rows[1]["input_ids"]]
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "streaming"])

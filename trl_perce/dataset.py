@@ -39,6 +39,7 @@ SPANS_COLUMN = "_persona_spans"
 _TRIMMED_COLUMN = "_persona_trimmed"
 _LEFT_OUT = -1  # does not fit without its persona
 _CUT = -2  # by TRL, since it has no persona to trim
+_UNLABELLED = -3  # fits, but TRL drops it: no token of it is trained
 
 # What is looked at ahead: a streaming dataset cannot be counted, so its first rows stand for it.
 _SAMPLE = 100
@@ -172,8 +173,9 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, cha
         args ([`PerCEConfig`]): Gives `max_length`, `truncate_persona` and the text column.
 
     Returns:
-        The dataset with `persona_mask`, a list of 0 and 1 as long as `input_ids`. Rows whose question and response alone
-        are over `max_length` are left out, counted and logged.
+        `tuple`: The dataset with `persona_mask`, a list of 0 and 1 as long as `input_ids`, and whether every row is known to
+            be as TRL's truncation would leave it. Rows whose question and response alone are over `max_length` are left
+            out, counted and logged.
 
     Raises:
         `PersonaError`: A mask cannot be aligned with TRL's tokens; the message names the row and the reason.
@@ -204,7 +206,7 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, cha
     )
     report = _TrimReport(name, args.max_length)
     if isinstance(dataset, IterableDataset):
-        dataset = dataset.filter(report.keeps, with_indices=True)
+        dataset, is_final = dataset.filter(report.keeps, with_indices=True), False
     else:
         trimmed = dataset.with_format("numpy")[_TRIMMED_COLUMN][:]
         report.add(trimmed)
@@ -215,7 +217,8 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, cha
             )
         if report.left_out:
             dataset = dataset.select(np.flatnonzero(trimmed != _LEFT_OUT))
-    return dataset.remove_columns(_TRIMMED_COLUMN)
+        is_final = not np.isin(trimmed, (_CUT, _UNLABELLED)).any()
+    return dataset.remove_columns(_TRIMMED_COLUMN), is_final
 
 
 def pack_dataset_with_mask(dataset, name: str, args):
@@ -360,14 +363,18 @@ def _mask_row(
             _check_mask(mask, ids)
 
     if max_length is None or len(ids) <= max_length:
-        return {"persona_mask": mask, _TRIMMED_COLUMN: 0}
+        is_labelled = any(label != -100 for label in example["labels"])
+        return {"persona_mask": mask, _TRIMMED_COLUMN: 0 if is_labelled else _UNLABELLED}
     if not truncate_persona or not any(mask):
         # TRL truncates `input_ids` and `labels` next, in the same way
         return {"persona_mask": mask[-max_length:] if keep_end else mask[:max_length], _TRIMMED_COLUMN: _CUT}
     keep = trim_persona(mask, max_length)
     columns = {"input_ids": ids, "labels": example["labels"], "persona_mask": mask}
     trimmed = {key: [column[position] for position in keep] for key, column in columns.items()}
-    return {**trimmed, _TRIMMED_COLUMN: len(ids) - len(keep) if len(keep) <= max_length else _LEFT_OUT}
+    if len(keep) > max_length:
+        return {**trimmed, _TRIMMED_COLUMN: _LEFT_OUT}
+    is_labelled = any(label != -100 for label in trimmed["labels"])
+    return {**trimmed, _TRIMMED_COLUMN: len(ids) - len(keep) if is_labelled else _UNLABELLED}
 
 
 def _check_mask(mask: list[int], ids: list[int]) -> None:

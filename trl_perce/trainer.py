@@ -196,12 +196,14 @@ class PerCETrainer(SFTTrainer):
         # TRL tokenizes and builds the labels; it truncates behind us, when the persona has been trimmed
         whole = _copy_with(args, max_length=None, shuffle_dataset=False)
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, None, dataset_name)
-        dataset = add_persona_mask(dataset, dataset_name, self._tokenizer, self.chat_template, args)
-        if not packing or args.token_weighting != "perce":
-            return super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
+        dataset, is_final = add_persona_mask(dataset, dataset_name, self._tokenizer, self.chat_template, args)
+        if packing and args.token_weighting != "perce":
+            return super()._prepare_dataset(dataset, processing_class, args, True, None, dataset_name)
+        # Where nothing is left to truncate, TRL need not read and write every row for it
+        rest = _copy_with(args, max_length=None) if is_final else args
+        dataset = super()._prepare_dataset(dataset, processing_class, rest, False, None, dataset_name)
         # TRL would pack `input_ids` and `labels` alone
-        dataset = super()._prepare_dataset(dataset, processing_class, args, False, None, dataset_name)
-        return pack_dataset_with_mask(dataset, dataset_name, args)
+        return pack_dataset_with_mask(dataset, dataset_name, args) if packing else dataset
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
