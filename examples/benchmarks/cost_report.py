@@ -18,8 +18,14 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 
-COLORS = {"sft": "#6b6b6b", "drop": "#1f77b4", "mask": "#d95f02", "refresh3": "#1b9e77"}
-NAMES = {"sft": "SFT", "drop": "PerCE drop", "mask": "PerCE mask", "refresh3": "PerCE drop, refresh 3"}
+COLORS = {"sft": "#6b6b6b", "lossce": "#7570b3", "drop": "#1f77b4", "mask": "#d95f02", "refresh3": "#1b9e77"}
+NAMES = {
+    "sft": "SFT",
+    "lossce": "LossCE",
+    "drop": "PerCE drop",
+    "mask": "PerCE mask",
+    "refresh3": "PerCE drop, refresh 3",
+}
 GIB = 2**30
 
 
@@ -131,13 +137,14 @@ def plot(report: dict, folder: Path) -> list[Path]:
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(len(kinds), len(columns), squeeze=False, sharey="row")
         for column, ((accumulation, checkpointing), chosen) in enumerate(sorted(columns.items())):
-            axes[0, column].set_title(f"accumulation {accumulation}, checkpointing {checkpointing}", fontsize=10)
             for line, kind in enumerate(kinds):
                 axis = axes[line, column]
-                if kind == "length":
-                    _draw_lengths(axis, [cell for cell in chosen if cell["rows"] == "length"])
-                else:
-                    _draw_profiles(axis, [cell for cell in chosen if cell["rows"] != "length"])
+                shown = [cell for cell in chosen if (cell["rows"] == "length") == (kind == "length")]
+                if not shown:
+                    axis.set_visible(False)
+                    continue
+                (_draw_lengths if kind == "length" else _draw_profiles)(axis, shown)
+                axis.set_title(f"accumulation {accumulation}, checkpointing {checkpointing}", fontsize=10)
                 axis.axhline(1, color=COLORS["sft"], linewidth=1, zorder=0)
                 axis.spines[["top", "right"]].set_visible(False)
                 axis.grid(axis="y", alpha=0.25)

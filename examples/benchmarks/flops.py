@@ -143,19 +143,19 @@ def step_ratio_floor(
         row ([`Row`]): Lengths of every row of the batch.
         rank (`int`): Rank of the LoRA adapters.
         checkpointing (`bool`): Whether gradient checkpointing is on.
-        counterfactual (`str` or `None`): `"drop"`, `"mask"`, or `None` for SFT itself.
+        counterfactual (`str` or `None`): `"drop"`, `"mask"`, or `None` for a weighting without a counterfactual pass.
         refresh_epochs (`int`, *optional*, defaults to `1`):
             The counterfactual pass runs in one of so many epochs; the ratio is that of their mean.
         sft_scores_all (`bool`, *optional*, defaults to `False`):
             Whether TRL's head scores every position, as it does without Triton.
 
     Returns:
-        `float`: The ratio, 1 for SFT. Below 1 where SFT scores positions that PerCE does not.
+        `float`: The ratio. It may be below 1 where SFT scores positions that PerCE does not.
     """
     scored = row.length - 1 if sft_scores_all else row.response
     sft = training_pass(config, row.length, scored, rank, checkpointing)
-    if counterfactual is None:
-        return 1.0
-    tokens = row.length if counterfactual == "mask" else row.length - row.persona
     factual = training_pass(config, row.length, row.response, rank, checkpointing)
+    if counterfactual is None:
+        return factual / sft
+    tokens = row.length if counterfactual == "mask" else row.length - row.persona
     return (factual + scoring_pass(config, tokens, row.response, rank) / refresh_epochs) / sft

@@ -173,6 +173,7 @@ def measure_cell(model: PeftModel, settings: dict, device: str, progress: tqdm) 
         floor = step_ratio_floor(
             model.config, row, LORA_RANK, checkpointing, counterfactual, refresh[name], sft_scores_all
         )
+        floor = 1.0 if name == "sft" else floor
         results[name] = {"floor": floor, "step_seconds": [], "peak_bytes": 0}
     for _ in range(settings["rounds"]):
         for name, result in results.items():
