@@ -124,7 +124,9 @@ def test_each_recipe_says_how_to_run_it_and_the_readme_lists_it(name):
 
 def test_the_readme_is_right():
     readme = (RECIPES / "README.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"recipes/(\S+\.yaml)", readme) + re.findall(r"\]\((\S+\.yaml)\)", readme)) <= set(NAMES)
+    configs = {f"accelerate_configs/{path.name}" for path in (RECIPES / "accelerate_configs").glob("*.yaml")}
+    named = set(re.findall(r"recipes/(\S+\.yaml)", readme) + re.findall(r"\]\((\S+\.yaml)\)", readme))
+    assert configs < named <= configs | set(NAMES)
     rows = [json.loads(row) for row in re.findall(r"```json\n(.+?)```", readme, flags=re.DOTALL)]
     assert len(rows) == 3
     for row in rows:
