@@ -176,19 +176,16 @@ class PerCETrainer(SFTTrainer):
                 )
         keep_4bit_weights_trainable_on_cpu(self.model)
 
-        # The collator that TRL built, with both passes
-        if args.token_weighting == "perce" and data_collator is None:
-            self.data_collator = DataCollatorForPerCE(
-                **dataclasses.asdict(self.data_collator), counterfactual=args.counterfactual
-            )
+        if args.token_weighting == "perce":
+            if data_collator is None:  # the collator that TRL built, with both passes
+                self.data_collator = DataCollatorForPerCE(
+                    **dataclasses.asdict(self.data_collator), counterfactual=args.counterfactual
+                )
+            hidden_size = self.model.config.get_text_config().hidden_size
+            self._e_step = EStep(self.accelerator, self.data_collator, hidden_size, args.counterfactual_batch_tokens)
+        self._log_prob_store = None
         # Sums over trained tokens, one tensor a micro-batch; their ratios are logged
         self._token_sums = defaultdict(list)
-        self._e_step = EStep(
-            self.accelerator,
-            self.data_collator,
-            self.model.config.get_text_config().hidden_size,
-            args.counterfactual_batch_tokens,
-        )
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if not self._marked_ahead:
@@ -211,8 +208,8 @@ class PerCETrainer(SFTTrainer):
             self._signature_columns = [*self._signature_columns, "persona_mask"]
 
     def train(self, *args, **kwargs):
-        refresh_epochs = self.args.counterfactual_refresh_epochs
-        self._e_step.store = LogProbStore(refresh_epochs) if refresh_epochs > 1 else None
+        if self.args.token_weighting == "perce" and self.args.counterfactual_refresh_epochs > 1:
+            self._log_prob_store = self._e_step.store = LogProbStore(self.args.counterfactual_refresh_epochs)
         return super().train(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -282,13 +279,13 @@ class PerCETrainer(SFTTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._e_step.store is not None:
-            self._e_step.store.save(output_dir, self.args.process_index, self.args.world_size)
+        if self._log_prob_store is not None:
+            self._log_prob_store.save(output_dir, self.args.process_index, self.args.world_size)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self._e_step.store is not None and checkpoint is not None:
-            rows = self._e_step.store.load(checkpoint)
+        if self._log_prob_store is not None and checkpoint is not None:
+            rows = self._log_prob_store.load(checkpoint)
             logger.info(f"{checkpoint} holds the counterfactual log-probabilities of {rows} rows.")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
