@@ -362,19 +362,19 @@ def _mask_row(
             mask = example.get("persona_mask") or [0] * len(ids)
             _check_mask(mask, ids)
 
-    if max_length is None or len(ids) <= max_length:
-        is_labelled = any(label != -100 for label in example["labels"])
-        return {"persona_mask": mask, _TRIMMED_COLUMN: 0 if is_labelled else _UNLABELLED}
-    if not truncate_persona or not any(mask):
-        # TRL truncates `input_ids` and `labels` next, in the same way
-        return {"persona_mask": mask[-max_length:] if keep_end else mask[:max_length], _TRIMMED_COLUMN: _CUT}
-    keep = trim_persona(mask, max_length)
-    columns = {"input_ids": ids, "labels": example["labels"], "persona_mask": mask}
-    trimmed = {key: [column[position] for position in keep] for key, column in columns.items()}
-    if len(keep) > max_length:
-        return {**trimmed, _TRIMMED_COLUMN: _LEFT_OUT}
-    is_labelled = any(label != -100 for label in trimmed["labels"])
-    return {**trimmed, _TRIMMED_COLUMN: len(ids) - len(keep) if is_labelled else _UNLABELLED}
+    row, trimmed = {"persona_mask": mask}, 0
+    if max_length is not None and len(ids) > max_length:
+        if not truncate_persona or not any(mask):
+            # TRL truncates `input_ids` and `labels` next, in the same way
+            return {"persona_mask": mask[-max_length:] if keep_end else mask[:max_length], _TRIMMED_COLUMN: _CUT}
+        keep = trim_persona(mask, max_length)
+        if len(keep) > max_length:
+            return {**row, _TRIMMED_COLUMN: _LEFT_OUT}
+        columns = {"input_ids": ids, "labels": example["labels"], "persona_mask": mask}
+        row = {key: [column[position] for position in keep] for key, column in columns.items()}
+        trimmed = len(ids) - len(keep)
+    is_labelled = any(label != -100 for label in row.get("labels", example["labels"]))
+    return {**row, _TRIMMED_COLUMN: trimmed if is_labelled else _UNLABELLED}
 
 
 def _check_mask(mask: list[int], ids: list[int]) -> None:

@@ -214,9 +214,8 @@ class PerCETrainer(SFTTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if (
-            self.args.token_weighting == "perce" and batches
-        ):  # E-step, with the parameters and in the mode of the M-step
+        if self.args.token_weighting == "perce" and batches:
+            # E-step, with the parameters and in the mode of the M-step
             self.model_wrapped.train()
             self.optimizer.train()
             with self.compute_loss_context_manager():
