@@ -10,6 +10,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import math
 import os
 from itertools import islice
 
@@ -150,8 +151,10 @@ def _rows_with_persona(trainer, rows):
 
 
 def _mean_pir_and_share(pir: np.ndarray, is_personal: np.ndarray) -> tuple[float, float]:
-    """Mean PIR (nats) and share of personal tokens, over the tokens that have a PIR."""
+    """Mean PIR (nats) and share of personal tokens, over the tokens that have a PIR; NaN if none has."""
     known = ~np.isnan(pir)
+    if not known.any():
+        return math.nan, math.nan
     return float(pir[known].mean()), float(is_personal[known].mean())
 
 
