@@ -13,6 +13,7 @@
 import math
 from dataclasses import dataclass, field
 
+import torch
 from accelerate import PartialState
 from trl import SFTConfig
 
@@ -226,6 +227,7 @@ class PerContrastConfig(PerCEConfig):
             raise ValueError(f"`personal_threshold` is {self.personal_threshold}. Write a finite number of nats.")
         if self.score_batch_tokens < 1:
             raise ValueError(f"`score_batch_tokens` is {self.score_batch_tokens}. Write a positive number of tokens.")
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # `bf16` asks for it to be said
         # `TrainingArguments` would set up the devices anew, which takes them from a trainer that is there already
         PartialState(cpu=self.use_cpu)
         self.accelerator_config, self.deepspeed, self.fsdp = {"use_configured_state": True}, None, None

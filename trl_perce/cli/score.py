@@ -142,7 +142,10 @@ class ScoreRun:
         args.model_init_kwargs = model_init_kwargs(model_args, args)
         dataset, split = self._load_split(dataset_args)
         self.base, self.adapter = find_adapter(model_args.model_name_or_path, script_args.adapter)
-        self.tokenizer = load_scoring_tokenizer(self.base, self.adapter, args)
+        try:
+            self.tokenizer = load_scoring_tokenizer(self.base, self.adapter, args)
+        except OSError as error:
+            raise OSError(f"`model_name_or_path`: there is no tokenizer to load for {self.base!r}. {error}") from error
         self.prepared = Preparation(self.tokenizer, args)(dataset, split, needs_persona=True)
         self.settings = {
             "model": self.base,
@@ -201,7 +204,8 @@ class ScoreRun:
         write_png(self.file, folder / "heatmap.png", self.settings, num_rows=rows)
         console = Console(highlight=False)
         print_heatmap(self.file, console, num_rows=rows)
-        console.print(report["verdict"], markup=False)
+        verdict = report["verdict"]
+        console.print(f"Worth PerCE? {verdict['answer']}. {verdict['text']}", markup=False)
         names = ("scores.jsonl", "heatmap.html", "heatmap.png", "report.md", "report.json")
         console.print(f"Written to {folder}: {', '.join(names)}", markup=False, soft_wrap=True)
 
