@@ -40,8 +40,12 @@ than the persona's.
 in the question.
 
 Reply with one JSON object and nothing else, such as
-{{"question": "What should I cook on Sunday?", "answer": "A coconut curry with chickpeas, since you leave meat and milk alone.", \
-"keywords": ["coconut", "chickpeas", "meat", "milk"]}}"""
+{example}"""
+EXAMPLE = {
+    "question": "What should I cook on Sunday?",
+    "answer": "A coconut curry with chickpeas, since you leave meat and milk alone.",
+    "keywords": ["coconut", "chickpeas", "meat", "milk"],
+}
 # Each question of a person is about another one
 TOPICS = (
     *(
@@ -100,8 +104,12 @@ def read_personas(source: str | Path, split: str = "train") -> list[str]:
     if path.suffix == ".txt":
         found = path.read_text(encoding="utf-8").splitlines()
     elif path.suffix == ".jsonl":
-        lines = path.read_text(encoding="utf-8").splitlines()
-        found = [persona for line in lines for persona in _personas_of(json.loads(line))]
+        found = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                found += _personas_of(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{source}, line {number} is no JSON object: {error}") from error
     elif path.exists():
         raise ValueError(f"{source}: personas come from a .txt file, a .jsonl file or a dataset of the Hub.")
     else:
@@ -133,7 +141,9 @@ def build_rows(personas: list[str], endpoint: Endpoint, questions: int = 3, seed
     for person, persona in enumerate(personas):
         for number, topic in enumerate(rng.sample(TOPICS, questions)):
             items.append((f"p{person + 1:03d}-{number + 1}", persona, topic))
-    prompts = [BUILDER_PROMPT.format(persona=persona, topic=topic) for _, persona, topic in items]
+    prompts = [
+        BUILDER_PROMPT.format(persona=persona, topic=topic, example=json.dumps(EXAMPLE)) for _, persona, topic in items
+    ]
     replies = endpoint.ask([[{"role": "user", "content": prompt}] for prompt in prompts], desc="Rows")
     return check_replies([(name, persona) for name, persona, _ in items], replies)
 
@@ -144,6 +154,8 @@ def check_replies(items: list[tuple[str, str]], replies: list[str]) -> BuiltRows
     for (name, persona), reply in zip(items, replies, strict=True):
         try:
             question, answer, words = check_item(read_item(reply))
+            if answer == EXAMPLE["answer"]:
+                raise RejectedItem("copy of the prompt's example")
             if answer in seen:
                 raise RejectedItem("answer is there already")
         except RejectedItem as reason:
