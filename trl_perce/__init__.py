@@ -18,20 +18,33 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .collator import DataCollatorForPerCE
-    from .config import PerCEConfig
+    from .config import PerCEConfig, PerContrastConfig
+    from .percontrast import PerContrast
     from .persona import PersonaError
+    from .scores import TokenScores
     from .trainer import PerCETrainer
 
 
 __version__ = "0.1.0"
 
-__all__ = ["DataCollatorForPerCE", "PerCEConfig", "PerCETrainer", "PersonaError"]
+__all__ = [
+    "DataCollatorForPerCE",
+    "PerCEConfig",
+    "PerCETrainer",
+    "PerContrast",
+    "PerContrastConfig",
+    "PersonaError",
+    "TokenScores",
+]
 
 _MODULES = {
     "DataCollatorForPerCE": "collator",
     "PerCEConfig": "config",
     "PerCETrainer": "trainer",
+    "PerContrast": "percontrast",
+    "PerContrastConfig": "config",
     "PersonaError": "persona",
+    "TokenScores": "scores",
 }
 
 

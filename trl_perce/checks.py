@@ -148,9 +148,16 @@ def keep_4bit_weights_trainable_on_cpu(model) -> None:
     """
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
-                raise ValueError(
-                    "The 4-bit model has been evaluated on CPU, which packed its weights so that they cannot be trained. "
-                    "Load the model anew and do not run it before the trainer has it."
-                )
             module.support_avx512bf16_for_cpu = False
+
+
+def check_4bit_weights_trainable(model) -> None:
+    """Raise a `ValueError` on 4-bit weights that bitsandbytes has packed ([`keep_4bit_weights_trainable_on_cpu`])."""
+    if any(
+        isinstance(module, Linear4bit) and getattr(module.weight.quant_state, "packing_format_for_cpu", False)
+        for module in model.modules()
+    ):
+        raise ValueError(
+            "The 4-bit model has been evaluated on CPU, which packed its weights so that they cannot be trained. Load the "
+            "model anew and do not run it before the trainer has it."
+        )

@@ -174,3 +174,75 @@ class PerCEConfig(SFTConfig):
                 "empty and of which none contains the other."
             )
         super().__post_init__()
+
+
+@dataclass
+class PerContrastConfig(PerCEConfig):
+    r"""
+    Configuration class for [`PerContrast`].
+
+    [`PerContrastConfig`] inherits every parameter of [`PerCEConfig`], so that a training recipe scores its data as the
+    trainer will see it: `max_length`, `truncate_persona`, `chat_template_path`, `completion_only_loss`,
+    `assistant_only_loss`, `eos_token`, `bf16`, `weight_clip_min`, … mean the same. Parameters that only matter for training are
+    ignored. Rows are padded, not packed, which changes no score.
+
+    Parameters:
+        counterfactual (`str`, *optional*, defaults to `"drop"`):
+            What takes the place of the persona in the counterfactual pass. Possible values are:
+
+            - `"drop"`: nothing; its tokens leave the sequence.
+            - `"mask"`: its tokens stay in place and no token attends to them.
+            - `"swap"`: the persona of the next row that has another one. PIR then tells what is specific to *this* user and
+              not to having any persona. Not for training.
+
+        personal_threshold (`float`, *optional*, defaults to `1.0`):
+            A token with a PIR over it is a personal token, in nats (PerCE paper: 1).
+        score_batch_tokens (`int`, *optional*, defaults to `8192`):
+            Tokens (padding included) of one forward pass; a longer row is one of its own. Changes speed, memory and
+            rounding, nothing else.
+
+    Raises:
+        `ValueError`: A value is out of its range; the message says which and what to write instead.
+    """
+
+    counterfactual: str = field(
+        default="drop",
+        metadata={
+            "help": "What takes the place of the persona in the counterfactual pass: 'drop' (nothing), 'mask' (its tokens stay "
+            "and no token attends to them) or 'swap' (the persona of another row).",
+            "choices": ["drop", "mask", "swap"],
+        },
+    )
+    personal_threshold: float = field(
+        default=1.0, metadata={"help": "A token with a PIR over it is a personal token, in nats."}
+    )
+    score_batch_tokens: int = field(
+        default=8192, metadata={"help": "Tokens of one forward pass, padding included, when scoring."}
+    )
+
+    def __post_init__(self):
+        if not math.isfinite(self.personal_threshold):
+            raise ValueError(f"`personal_threshold` is {self.personal_threshold}. Write a finite number of nats.")
+        if self.score_batch_tokens < 1:
+            raise ValueError(f"`score_batch_tokens` is {self.score_batch_tokens}. Write a positive number of tokens.")
+        super().__post_init__()
+
+
+def copy_config(args: PerCEConfig, cls: type | None = None, **changes) -> PerCEConfig:
+    """
+    A copy of a configuration with other values. Not `dataclasses.replace`, which would run `__post_init__` and set up the
+    device anew.
+
+    Args:
+        args ([`PerCEConfig`]): What to copy.
+        cls (`type`, *optional*): Subclass of its class, whose new fields take their defaults. If `None`, its own class.
+        **changes: Fields with their new values.
+
+    Returns:
+        [`PerCEConfig`]: The copy.
+    """
+    cls = cls or type(args)
+    copy = object.__new__(cls)
+    defaults = {name: field.default for name, field in cls.__dataclass_fields__.items()}
+    copy.__dict__.update(defaults | args.__dict__ | changes)
+    return copy

@@ -28,7 +28,18 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import global_then_local_main_first
 
 from . import __version__
-from .persona import PersonaError, Span, TokenBytes, byte_mask, mark_persona, render, token_mask, trim_persona
+from .config import copy_config
+from .persona import (
+    PersonaError,
+    Span,
+    TokenBytes,
+    byte_mask,
+    describe,
+    mark_persona,
+    render,
+    token_mask,
+    trim_persona,
+)
 
 
 logger = get_logger(__name__)
@@ -160,6 +171,17 @@ def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, chat
             return
 
 
+def describe_row(example: dict[str, Any], index: int, text_field: str) -> dict[str, Any]:
+    """
+    What to remember of a row from [`mark_dataset`] beyond its tokens: its index and, unless it is tokenized already, its
+    persona and its query as texts ([`~trl_perce.persona.describe`]).
+    """
+    persona, query = None, None
+    if "input_ids" not in example:
+        persona, query = describe(example, _spans(example), text_field)
+    return {"_row": index, "_persona": persona, "_query": query}
+
+
 def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, chat_template: str | None, args):
     """
     Turn the spans of tokenized rows into a `persona_mask`, and trim the persona of rows that are too long.
@@ -219,6 +241,28 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, cha
             dataset = dataset.select(np.flatnonzero(trimmed != _LEFT_OUT))
         is_final = not np.isin(trimmed, (_CUT, _UNLABELLED)).any()
     return dataset.remove_columns(_TRIMMED_COLUMN), is_final
+
+
+def tokenize_with_mask(prepare, dataset, name: str, processing_class, tokenizer, chat_template: str | None, args):
+    """
+    Let TRL tokenize a dataset and build its labels, then find the persona's tokens and trim it ([`add_persona_mask`]). What is
+    left to truncate is left to TRL.
+
+    Args:
+        prepare (`Callable`): `SFTTrainer._prepare_dataset`, bound.
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): From [`mark_dataset`].
+        name (`str`): What to call it in messages.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]): For TRL.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer in it.
+        chat_template (`str` or `None`): The template that TRL uses, if not the tokenizer's.
+        args ([`PerCEConfig`]): Configuration of the trainer.
+
+    Returns:
+        `tuple`: As [`add_persona_mask`].
+    """
+    whole = copy_config(args, max_length=None, shuffle_dataset=False)
+    dataset = prepare(dataset, processing_class, whole, False, None, name)
+    return add_persona_mask(dataset, name, tokenizer, chat_template, args)
 
 
 def pack_dataset_with_mask(dataset, name: str, args):

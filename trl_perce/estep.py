@@ -75,6 +75,24 @@ def tokens_that_fit(device: torch.device, hidden_size: int, itemsize: int) -> in
     return max(free // 2 // (64 * hidden_size * itemsize), 1)
 
 
+@torch.no_grad()
+def labelled_log_probs(model, batch: dict[str, Any], device: torch.device) -> torch.Tensor:
+    """
+    Log-probabilities of the labelled tokens of a batch, from one forward pass without gradients.
+
+    Args:
+        model ([`~torch.nn.Module`]): With TRL's fused head.
+        batch (`dict[str, Any]`): Input of the model with `"labels"`, padded or flattened.
+        device (`torch.device`): Where the model runs.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: In nats, row after row.
+    """
+    with labelled_positions_only():
+        outputs = model(**send_to_device(batch, device), use_cache=False, fused_lm_head=True)
+    return outputs.log_probs[outputs.label_mask]
+
+
 class EStep:
     """
     Counterfactual log-probabilities `log P_θ(y_i | x, y_<i)` of the trained tokens of a whole window (E-step of the PerCE
@@ -131,7 +149,9 @@ class EStep:
 
         for chunk in self._chunks([len(rows[index]["input_ids"]) for index in missing], batches):
             members = [missing[index] for index in chunk]
-            scored = self._forward(model, [rows[index] for index in members] or [_nothing(batches[0])])
+            chunk_rows = [rows[index] for index in members] or [_nothing(batches[0])]
+            batch = self.collator.counterfactual_batch(chunk_rows)
+            scored = labelled_log_probs(model, batch, self.accelerator.device)
             if store is not None:
                 scored = scored.cpu()  # where the kept ones are
             counts = [int((rows[index]["labels"] != -100).sum()) for index in members]
@@ -162,13 +182,6 @@ class EStep:
             count = torch.tensor([len(chunks)], device=self.accelerator.device)
             chunks += [[]] * (int(self.accelerator.gather(count).max()) - len(chunks))
         return chunks
-
-    def _forward(self, model, rows: list[dict[str, np.ndarray]]) -> torch.Tensor:
-        """Log-probabilities of the labelled tokens, row after row, of shape `(N,)`."""
-        batch = send_to_device(self.collator.counterfactual_batch(rows), self.accelerator.device)
-        with labelled_positions_only():
-            outputs = model(**batch, use_cache=False, fused_lm_head=True)
-        return outputs.log_probs[outputs.label_mask]
 
 
 def _nothing(batch: dict[str, Any]) -> dict[str, np.ndarray]:

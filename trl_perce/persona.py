@@ -20,7 +20,8 @@ import copy
 import json
 import re
 from bisect import bisect_left, bisect_right
-from itertools import accumulate
+from itertools import accumulate, groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -380,6 +381,27 @@ def byte_mask(pieces: list[bytes], text: str, spans: list[tuple[int, int]]) -> l
     return mask
 
 
+def text_and_offsets(pieces: list[bytes]) -> tuple[str, list[tuple[int, int]]]:
+    """
+    The text of tokens, and where each of them is in it.
+
+    Args:
+        pieces (`list[bytes]`): Bytes of each token, in order.
+
+    Returns:
+        `tuple[str, list[tuple[int, int]]]`: The text, with U+FFFD for each byte that is part of no character, and the half-open
+        character span of each token. Tokens that share a character (of several bytes) all have it in their span.
+    """
+    text = b"".join(pieces).decode(errors="surrogateescape")  # which makes one character of each byte that is none
+    characters = [index for index, character in enumerate(text) for _ in character.encode(errors="surrogateescape")]
+    offsets, position = [], 0
+    for piece in pieces:
+        start = characters[position] if position < len(characters) else len(text)
+        position += len(piece)
+        offsets.append((start, characters[position - 1] + 1 if piece else start))
+    return re.sub("[\udc80-\udcff]", "\ufffd", text), offsets
+
+
 def trim_persona(persona_mask: list[int], max_length: int) -> list[int]:
     """
     The tokens that stay when a row must get shorter and only its persona may: persona tokens leave from the end.
@@ -396,6 +418,77 @@ def trim_persona(persona_mask: list[int], max_length: int) -> list[int]:
     persona = [index for index, is_persona in enumerate(persona_mask) if is_persona]
     removed = set(persona[max(len(persona) - excess, 0) :]) if excess > 0 else set()
     return [index for index in range(len(persona_mask)) if index not in removed]
+
+
+def persona_stretches(input_ids: list[int], persona_mask: list[int]) -> list[list[int]]:
+    """
+    The tokens of a row's personas.
+
+    Args:
+        input_ids (`list[int]`): Tokens of the row.
+        persona_mask (`list[int]`): 1 where a token belongs to a persona.
+
+    Returns:
+        `list[list[int]]`: Tokens of each unbroken stretch of them, in order.
+    """
+    groups = groupby(zip(input_ids, persona_mask, strict=True), key=itemgetter(1))
+    return [[token for token, _ in group] for is_persona, group in groups if is_persona]
+
+
+def swap_persona(
+    input_ids: list[int], labels: list[int], persona_mask: list[int], others: list[list[int]]
+) -> tuple[list[int], list[int]]:
+    """
+    Put another row's personas in the places of a row's own: the k-th stretch for the k-th. Where the other row has fewer, the
+    last places stay empty; where it has more, the last place takes them all.
+
+    Args:
+        input_ids (`list[int]`): Tokens of the row.
+        labels (`list[int]`): Its labels, `-100` on tokens that are not scored; those of the personas are not kept.
+        persona_mask (`list[int]`): 1 where a token belongs to a persona; at least one does.
+        others (`list[list[int]]`): The other row's [`persona_stretches`].
+
+    Returns:
+        `tuple[list[int], list[int]]`: Tokens and labels with the other personas, whose labels are `-100`.
+    """
+    places = len(persona_stretches(input_ids, persona_mask))
+    others = [*others[: places - 1], [token for stretch in others[places - 1 :] for token in stretch]]
+    new_ids, new_labels, previous = [], [], 0
+    for token, label, is_persona in zip(input_ids, labels, persona_mask, strict=True):
+        if is_persona and not previous and others:
+            stretch = others.pop(0)
+            new_ids += stretch
+            new_labels += [-100] * len(stretch)
+        if not is_persona:
+            new_ids.append(token)
+            new_labels.append(label)
+        previous = is_persona
+    return new_ids, new_labels
+
+
+def describe(example: dict[str, Any], spans: list[Span], text_field: str = "text") -> tuple[str, str]:
+    """
+    What to show of a row beside its response.
+
+    Args:
+        example (`dict[str, Any]`): A row from [`mark_persona`].
+        spans (`list[Span]`): Its personas.
+        text_field (`str`, *optional*, defaults to `"text"`): Column of a plain language-modeling row.
+
+    Returns:
+        `tuple[str, str]`: The personas, a blank line between each two, and the query: the last text before the last response,
+        without the personas in it. Empty where there is none.
+    """
+    personas, query, before = [], "", ""
+    for holder, key, where, is_response in _texts(example, text_field):
+        own = [(span.start, span.end) for span in spans if span[:3] == where]
+        personas += [holder[key][start:end] for start, end in own]
+        if is_response:
+            query = before
+        else:
+            borders = [0, *(border for span in own for border in span), len(holder[key])]
+            before = "".join(holder[key][start:end] for start, end in zip(borders[::2], borders[1::2], strict=True))
+    return "\n\n".join(personas), query.strip()
 
 
 def _excerpt(text: str, position: int, width: int = 30) -> str:

@@ -91,6 +91,16 @@ class TokenScores:
     num_persona_tokens: int
     skipped: str | None = None
 
+    @classmethod
+    def left_out(cls, row: int, reason: str, threshold: float = 1.0) -> "TokenScores":
+        """The scores of a row without any, for the `reason` that stands in `skipped`."""
+        values: dict[str, Any] = dict.fromkeys(("persona", "query", "response"), "")
+        values |= {"tokens": [], "offsets": []}
+        values |= dict.fromkeys(("is_special", "is_personal"), np.empty(0, bool))
+        values |= dict.fromkeys(("log_probs", "counterfactual_log_probs", "pir", "weights"), np.empty(0, np.float32))
+        values |= dict.fromkeys(("num_tokens", "num_counterfactual_tokens", "num_persona_tokens"), 0)
+        return cls(row=row, threshold=threshold, skipped=reason, **values)
+
     @property
     def words(self) -> list[WordScore]:
         """

@@ -20,14 +20,15 @@ from trl.trainer.utils import get_config_model_id
 
 from .checks import (
     chat_template,
+    check_4bit_weights_trainable,
     check_arguments,
     is_prepared_by_trl,
     keep_4bit_weights_trainable_on_cpu,
     load_tokenizer,
 )
 from .collator import DataCollatorForPerCE
-from .config import PerCEConfig
-from .dataset import add_persona_mask, check_rendering, count_personas, mark_dataset, pack_dataset_with_mask
+from .config import PerCEConfig, copy_config
+from .dataset import check_rendering, count_personas, mark_dataset, pack_dataset_with_mask, tokenize_with_mask
 from .estep import EStep
 from .fused_head import labelled_positions_only
 from .log_prob_store import LogProbStore
@@ -174,6 +175,7 @@ class PerCETrainer(SFTTrainer):
                     f"`token_weighting='{args.token_weighting}'` does not go with context or sequence parallelism, which cut "
                     "rows apart. Set `cp_size` and `sp_size` to 1, or `token_weighting='uniform'`."
                 )
+        check_4bit_weights_trainable(self.model)
         keep_4bit_weights_trainable_on_cpu(self.model)
 
         if args.token_weighting == "perce":
@@ -190,14 +192,20 @@ class PerCETrainer(SFTTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if not self._marked_ahead:
             dataset, _ = _mark_and_count(dataset, dataset_name, args, formatting_func)
-        # TRL tokenizes and builds the labels; it truncates behind us, when the persona has been trimmed
-        whole = _copy_with(args, max_length=None, shuffle_dataset=False)
-        dataset = super()._prepare_dataset(dataset, processing_class, whole, False, None, dataset_name)
-        dataset, is_final = add_persona_mask(dataset, dataset_name, self._tokenizer, self.chat_template, args)
+        # TRL truncates behind us, when the persona has been trimmed
+        dataset, is_final = tokenize_with_mask(
+            super()._prepare_dataset,
+            dataset,
+            dataset_name,
+            processing_class,
+            self._tokenizer,
+            self.chat_template,
+            args,
+        )
         if packing and args.token_weighting != "perce":
             return super()._prepare_dataset(dataset, processing_class, args, True, None, dataset_name)
         # Where nothing is left to truncate, TRL need not read and write every row for it
-        rest = _copy_with(args, max_length=None) if is_final else args
+        rest = copy_config(args, max_length=None) if is_final else args
         dataset = super()._prepare_dataset(dataset, processing_class, rest, False, None, dataset_name)
         # TRL would pack `input_ids` and `labels` alone
         return pack_dataset_with_mask(dataset, dataset_name, args) if packing else dataset
@@ -318,10 +326,3 @@ def _like(scored: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 def _mark_and_count(dataset, name: str, args: PerCEConfig, formatting_func):
     dataset = mark_dataset(dataset, name, args, formatting_func)
     return dataset, count_personas(dataset, name, args)
-
-
-def _copy_with(args: PerCEConfig, **changes) -> PerCEConfig:
-    # Not `dataclasses.replace`, which would run `__post_init__` and set up the device anew
-    copy = object.__new__(type(args))
-    copy.__dict__.update(args.__dict__ | changes)
-    return copy
