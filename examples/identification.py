@@ -32,6 +32,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -58,8 +59,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 THRESHOLD = 1.0  # nats, the paper's
 THRESHOLDS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
-# What the paper says of its own model and data, in %: precision, recall, F1
-PAPER = {"Word matching": (None, 26.5, 41.0)}
+# What the paper says of its own model and data, in %: precision (not known here), recall, F1
+PAPER = {"Word matching": "– / 26.5 / 41"}
 # Okabe and Ito's palette, which the colour-blind can tell apart
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"
 
@@ -102,30 +103,32 @@ def percent(value: float | None) -> str:
 
 def range_name(part: dict) -> str:
     if part["low"] is None:
-        return f"≤ {part['high']:g}"
-    return f"> {part['low']:g}" if part["high"] is None else f"{part['low']:g} … {part['high']:g}"
+        name = f"≤ {part['high']:g}"
+    elif part["high"] is None:
+        name = f"> {part['low']:g}"
+    else:
+        name = f"{part['low']:g} … {part['high']:g}"
+    return name.replace("-", "−")
 
 
 def print_tables(console: Console, results: dict) -> None:
-    table = Table("method", title="Finding the personal tokens, in %")
-    for heading in ("precision", "recall", "F1", "95 % interval", "paper: precision", "recall", "F1"):
-        table.add_column(heading, justify="right")
+    table = Table(title="Finding the personal tokens, in %", box=SIMPLE)
+    table.add_column("method", no_wrap=True)
+    for heading in ("precision", "recall", "F1", "F1, 95 %", "paper:\nP / R / F1"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for line in results["methods"]:
-        paper = ("–" if value is None else f"{value:.1f}" for value in PAPER.get(line["method"], (None,) * 3))
+        shares = (percent(line[name]) for name in ("precision", "recall", "f1"))
         interval = " – ".join(percent(end) for end in line["f1_interval"])
-        table.add_row(
-            line["method"], *(percent(line[name]) for name in ("precision", "recall", "f1")), interval, *paper
-        )
+        table.add_row(line["method"], *shares, interval, PAPER.get(line["method"], "–"))
     console.print(table)
     console.print(
         f"{results['tokens']} tokens of {results['rows']} answers to {results['people']} people; {percent(results['personal_share'])} % "
-        "of the tokens lie in words annotated as personal. The interval is of F1, over people. The paper's figures are of its own "
-        "model and data.\n"
+        "of the tokens lie in words annotated as personal. The interval of F1 is over people. By word: a word's PIR is the sum over its "
+        "tokens. The paper's figures (known for word matching only) are of its own model and data.\n"
     )
 
-    table = Table(
-        "PIR over", title=f"PerContrast by threshold (average precision {percent(results['average_precision'])} %)"
-    )
+    title = f"PerContrast by threshold (average precision {percent(results['average_precision'])} %)"
+    table = Table("PIR over", title=title, box=SIMPLE)
     for heading in ("tokens", "precision %", "recall %", "F1 %"):
         table.add_column(heading, justify="right")
     for line in results["thresholds"]:
@@ -133,7 +136,8 @@ def print_tables(console: Console, results: dict) -> None:
         table.add_row(f"{line['threshold']:.2f} nats", str(line["tokens"]), *shares)
     console.print(table)
 
-    table = Table("PIR in nats", title=f"Right decisions of PIR > {THRESHOLD:g}, by range of PIR")
+    title = f"Right decisions of PIR > {THRESHOLD:g}, by range of PIR"
+    table = Table("PIR in nats", title=title, box=SIMPLE)
     for heading in ("tokens", "right %"):
         table.add_column(heading, justify="right")
     for part in results["ranges"]:
@@ -144,7 +148,7 @@ def print_tables(console: Console, results: dict) -> None:
 def plot_precision_recall(path: Path, results: dict, curve: tuple[np.ndarray, np.ndarray]) -> None:
     """Figure 4: precision over recall, the curve of PerContrast and a point for each method."""
     precision, recall = curve
-    figure, axes = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
     label = f"PIR ≥ t, any t (average precision {100 * results['average_precision']:.1f} %)"
     axes.plot(100 * recall, 100 * precision, color=BLUE, linewidth=1.8, label=label)
     styles = zip((BLUE, GREEN, ORANGE, PURPLE), "osD^", strict=True)
@@ -158,7 +162,9 @@ def plot_precision_recall(path: Path, results: dict, curve: tuple[np.ndarray, np
     axes.set(xlabel="Recall of personal tokens (%)", ylabel="Precision (%)", xlim=(0, 100), ylim=(0, 104))
     axes.set_title(f"Finding personal tokens, {results['tokens']:,} tokens of {results['rows']} answers", fontsize=11)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8.5, loc="upper right")
+    figure.legend(
+        fontsize=8.5, loc="outside lower center", ncols=2
+    )  # beside the axes: a point may be anywhere in them
     save(figure, path)
 
 
@@ -219,7 +225,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
     from trl_perce.percontrast import PerContrast
 
-    scores = PerContrast(model).score(rows)
+    scores = PerContrast(model, bf16=False).score(rows)
     scored = time.time() - started
     tokens = [answer_tokens(row, row_scores) for row, row_scores in zip(rows, scores, strict=True)]
     pir, actual = (np.concatenate([getattr(row, name) for row in tokens]) for name in ("pir", "is_personal"))
