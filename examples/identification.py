@@ -118,7 +118,7 @@ def print_tables(console: Console, results: dict) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for line in results["methods"]:
         shares = (percent(line[name]) for name in ("precision", "recall", "f1"))
-        interval = " – ".join(percent(end) for end in line["f1_interval"])
+        interval = "–".join(percent(end) for end in line["f1_interval"])
         table.add_row(line["method"], *shares, interval, PAPER.get(line["method"], "–"))
     console.print(table)
     console.print(
@@ -155,7 +155,7 @@ def plot_precision_recall(path: Path, results: dict, curve: tuple[np.ndarray, np
     points = [line for line in results["methods"] if line["method"] != "Every token"]
     for line, (colour, marker) in zip(points, styles, strict=False):
         label = f"{line['method']} (F1 {100 * line['f1']:.1f} %)"
-        style = {"s": 64, "color": colour, "marker": marker, "edgecolors": "black", "zorder": 3}
+        style = {"s": 64, "color": colour, "marker": marker, "edgecolors": "black", "zorder": 3, "clip_on": False}
         axes.scatter(100 * line["recall"], 100 * line["precision"], **style, label=label)
     share = 100 * results["personal_share"]
     axes.axhline(share, color=GREY, linestyle="--", linewidth=1.2, label=f"by chance ({share:.1f} %)")

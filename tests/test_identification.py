@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from trl_perce.benchmarks import persona_qa
 from trl_perce.benchmarks.persona_qa import (
+    JUDGE_EXAMPLE,
     AnswerTokens,
     ContentWords,
     accuracy_by_pir,
@@ -214,10 +215,13 @@ def test_judgement_counts_what_it_leaves_out(caplog):
 
 def test_the_judge_sees_the_row_but_not_the_annotation():
     row = make_row("Buy {needles}.", ["secret"], persona="I {sew}.")
-    [message] = judge_messages(row)
+    *_, message = judge_messages(row)
     for text in ("I {sew}.", "What should I buy?", "Buy {needles}."):
         assert message["content"].count(text) == 1
-    assert "{persona}" not in message["content"] and "secret" not in message["content"]
+    assert "{persona}" not in message["content"] and "secret" not in str(judge_messages(row))
+    example = make_row(*[re.search(r"user:\n(.*)\n\nSome", JUDGE_EXAMPLE[0]["content"]).group(1), []])
+    judgement = read_judgement([example], [JUDGE_EXAMPLE[1]["content"]])
+    assert (judgement.words, judgement.rejected) == (5, 0)
 
 
 # ── metrics ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -323,7 +327,8 @@ def test_example(smollm2, tmp_path, capsys):
     methods = {line["method"]: line for line in results["methods"]}
     assert list(methods) == ["PerContrast", "PerContrast, by word", "Word matching", "Every token"]
     assert methods["Every token"]["precision"] == pytest.approx(results["personal_share"])
-    assert methods["PerContrast"]["precision"] > 1.8 * results["personal_share"] < results["average_precision"]
+    by_chance = results["personal_share"]
+    assert methods["PerContrast"]["precision"] > 1.8 * by_chance and results["average_precision"] > 1.8 * by_chance
     assert methods["PerContrast"]["f1"] > methods["Word matching"]["f1"]
     at_one = next(line for line in results["thresholds"] if line["threshold"] == 1)
     assert at_one["f1"] == methods["PerContrast"]["f1"]

@@ -45,7 +45,7 @@ PROMPT = "About me: {persona}\n\n"
 # Edges of the PIR ranges of Figure 5, in nats. The threshold 1 is one of them: no range has both decisions.
 PIR_EDGES = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
 
-# Wording ours
+# Wording and example ours
 JUDGE_PROMPT = """\
 Persona of a user:
 {persona}
@@ -59,6 +59,17 @@ Answer to this user:
 Some words of the answer depend on the persona: another user with the same question would have got other words there. Which \
 words are these? Reply with a JSON list of single words and nothing else. Copy each word from the answer as it stands there. \
 If no word depends on the persona, reply with []."""
+JUDGE_EXAMPLE = [
+    {
+        "role": "user",
+        "content": JUDGE_PROMPT.format(
+            persona="I'm a retired baker in Lyon. I have a bad back, and I spoil my six nieces.",
+            question="How could I spend the weekend?",
+            answer="Invite the girls for croissants on Sunday, and let them carry the heavy trays.",
+        ),
+    },
+    {"role": "assistant", "content": '["girls", "croissants", "carry", "heavy", "trays"]'},
+]
 
 # What stays when apostrophes and hyphens part words is in here too ("don", "t"); numerals are no content words either
 _FUNCTION_WORDS = frozenset(
@@ -272,9 +283,9 @@ def judge_words(rows: list[dict[str, Any]], endpoint: Endpoint) -> Judgement:
 
 
 def judge_messages(row: dict[str, Any]) -> list[dict[str, str]]:
-    """The question to the judge about a row."""
+    """The question to the judge about a row, behind an answered example."""
     content = JUDGE_PROMPT.format(persona=row["persona"], question=question_of(row), answer=answer_of(row))
-    return [{"role": "user", "content": content}]
+    return [*JUDGE_EXAMPLE, {"role": "user", "content": content}]
 
 
 def read_judgement(rows: list[dict[str, Any]], replies: list[str]) -> Judgement:

@@ -12,7 +12,7 @@
 
 """
 Writes rows as those of `data/persona_qa` for given personas, by any model behind an OpenAI-compatible endpoint (PerCE paper,
-Appendix D.2: question, answer and keywords are generated for each persona; the prompt's wording is ours).
+Appendix D.2: question, answer and keywords are generated for each persona; the prompt's wording and its example are ours).
 """
 
 import json
@@ -39,13 +39,13 @@ than the persona's.
 - The keywords are the words of the answer that depend on the persona: single words, copied from the answer, none of which is \
 in the question.
 
-Reply with one JSON object and nothing else, such as
-{example}"""
+Reply with one JSON object of "question", "answer" and "keywords" and nothing else."""
 EXAMPLE = {
     "question": "What should I cook on Sunday?",
     "answer": "A coconut curry with chickpeas, since you leave meat and milk alone.",
     "keywords": ["coconut", "chickpeas", "meat", "milk"],
 }
+_EXAMPLE_PERSONA = "I'm a vegan nurse in Leeds. I sleep by day, and I collect old maps."
 # Each question of a person is about another one
 TOPICS = (
     *(
@@ -141,11 +141,17 @@ def build_rows(personas: list[str], endpoint: Endpoint, questions: int = 3, seed
     for person, persona in enumerate(personas):
         for number, topic in enumerate(rng.sample(TOPICS, questions)):
             items.append((f"p{person + 1:03d}-{number + 1}", persona, topic))
-    prompts = [
-        BUILDER_PROMPT.format(persona=persona, topic=topic, example=json.dumps(EXAMPLE)) for _, persona, topic in items
-    ]
-    replies = endpoint.ask([[{"role": "user", "content": prompt}] for prompt in prompts], desc="Rows")
+    replies = endpoint.ask([builder_messages(persona, topic) for _, persona, topic in items], desc="Rows")
     return check_replies([(name, persona) for name, persona, _ in items], replies)
+
+
+def builder_messages(persona: str, topic: str) -> list[dict[str, str]]:
+    """The request for one question of a person about a topic, behind an answered example."""
+    return [
+        {"role": "user", "content": BUILDER_PROMPT.format(persona=_EXAMPLE_PERSONA, topic="food")},
+        {"role": "assistant", "content": json.dumps(EXAMPLE)},
+        {"role": "user", "content": BUILDER_PROMPT.format(persona=persona, topic=topic)},
+    ]
 
 
 def check_replies(items: list[tuple[str, str]], replies: list[str]) -> BuiltRows:
