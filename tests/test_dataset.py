@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from tokenizers import normalizers
 from trl import SFTConfig, SFTTrainer
 
-from conftest import ROOT, make_tiny_model
+from conftest import GENERATION, ROOT, make_tiny_model
 from trl_perce import PerCETrainer, PersonaError
 
 
@@ -90,11 +90,6 @@ TYPES = {
         {"persona_start_marker": "[[", "persona_end_marker": "]]"},
     ),
 }
-GENERATION = (  # the tests' ChatML with the markers that `assistant_only_loss` needs
-    "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n'}}{% if m['role'] == 'assistant' %}{% generation %}"
-    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def fill(value, persona):

@@ -9,7 +9,8 @@ from peft import LoraConfig
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from trl_perce import PerCEConfig
-from trl_perce.cli.train import _check_config_keys, make_parser
+from trl_perce.cli.common import check_config_keys
+from trl_perce.cli.train import make_parser
 from trl_perce.persona import mark_persona
 
 
@@ -41,7 +42,7 @@ def name(request) -> str:
 def parsed(name):
     """Script arguments, training arguments and model arguments. The parser is new, since a file changes its defaults."""
     path, parser = str(RECIPES / name), make_parser()
-    _check_config_keys(parser, ["--config", path])
+    check_config_keys(parser, ["--config", path])
     *configs, of_config, of_command_line = parser.parse_args_and_config(
         ["--config", path, "--use_cpu", "true"], return_remaining_strings=True, separate_remaining_strings=True
     )

@@ -4,6 +4,7 @@ these fails after an upgrade, read the named place again and then the place of o
 """
 
 import inspect
+import re
 
 import transformers
 import trl
@@ -167,3 +168,27 @@ def test_names_that_are_not_public():
     ):
         assert list(inspect.signature(function).parameters) == parameters, hint(function.__qualname__)
     assert {"padding_value", "padding_side", "pad_to_multiple_of"} <= inspect.signature(utils.pad).parameters.keys()
+
+
+def test_rows_are_prepared_without_a_trainer():
+    # preparation.py hands over what the method reads of its trainer
+    text = source(SFTTrainer._prepare_dataset)
+    assert {*re.findall(r"\bself\.(\w+)", text)} == {"_tokenizer", "chat_template", "completion_only_loss"}, hint(
+        "what _prepare_dataset reads of the trainer"
+    )
+    text = source(SFTTrainer.__init__)
+    for seam in (
+        "if args.assistant_only_loss and not has_generation_markers(processing_class.chat_template):",
+        "self.chat_template = get_training_chat_template(processing_class)",
+        'self.completion_only_loss = "prompt" in dataset_sample and "completion" in dataset_sample',
+        "processing_class.chat_template = chat_template_file.read()",
+        "self._tokenizer.eos_token = args.eos_token",
+    ):
+        assert seam in text, hint(f"how the trainer chooses what rows are prepared with: {seam}")
+
+
+def test_the_fused_head_is_put_on_and_taken_off():
+    # percontrast.py `_scoring` takes it off by restoring `forward`
+    text = source(utils.add_fused_lm_head)
+    assert text.count("model.") == text.count("model.forward") + text.count("model.config"), hint("add_fused_lm_head")
+    assert "model.forward = types.MethodType(_fused_forward, model)" in text, hint("add_fused_lm_head")

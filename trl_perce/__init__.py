@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from .callbacks import PerContrastCallback
     from .collator import DataCollatorForPerCE
     from .config import PerCEConfig, PerContrastConfig
     from .percontrast import PerContrast
@@ -32,6 +33,7 @@ __all__ = [
     "PerCEConfig",
     "PerCETrainer",
     "PerContrast",
+    "PerContrastCallback",
     "PerContrastConfig",
     "PersonaError",
     "TokenScores",
@@ -42,6 +44,7 @@ _MODULES = {
     "PerCEConfig": "config",
     "PerCETrainer": "trainer",
     "PerContrast": "percontrast",
+    "PerContrastCallback": "callbacks",
     "PerContrastConfig": "config",
     "PersonaError": "persona",
     "TokenScores": "scores",

@@ -100,20 +100,21 @@ def mark_dataset(dataset, name: str, args, formatting_func=None):
     )
 
 
-def count_personas(dataset, name: str, args) -> int:
+def count_personas(dataset, name: str, args, required: bool) -> int:
     """
     Count the rows with a persona, and log how many have none.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): From [`mark_dataset`].
-        name (`str`): What to call it in messages; `"train"` is the one that must have a persona.
+        name (`str`): What to call it in messages.
         args ([`PerCEConfig`]): Gives the weighting and the markers.
+        required (`bool`): Whether PerCE needs a row with a persona; otherwise none is worth a warning.
 
     Returns:
         `int`: Rows with a persona; of a streaming dataset those among its first 100.
 
     Raises:
-        `PersonaError`: PerCE would train on a dataset in which no row has a persona.
+        `PersonaError`: No row has a persona, and `required`.
     """
     streaming = isinstance(dataset, IterableDataset)
     if streaming:
@@ -129,7 +130,7 @@ def count_personas(dataset, name: str, args) -> int:
     found = sum(map(has_persona, examples))
     if args.token_weighting == "perce" and found == 0:
         message = f"{name} dataset: no row {f'of the first {rows} ' if streaming else ''}has a persona."
-        if name == "train":
+        if required:
             raise PersonaError(
                 f"{message} Write {args.persona_start_marker}…{args.persona_end_marker} around the persona in the prompt, "
                 "or add a column 'persona' and write {persona} where it belongs. To train plain CE, set "

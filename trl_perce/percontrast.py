@@ -32,7 +32,7 @@ from .collator import DataCollatorForPerCE
 from .config import PerContrastConfig
 from .estep import labelled_log_probs, split_into_chunks
 from .loading import find_adapter, load_model, load_scoring_tokenizer
-from .persona import TokenBytes, persona_stretches, swap_persona, text_and_offsets
+from .persona import PersonaError, TokenBytes, persona_stretches, swap_persona, text_and_offsets
 from .preparation import UNTRAINED, Preparation, PreparedRows
 from .scores import TokenScores
 from .weighting import perce_weights, personal_influence_ratio
@@ -97,7 +97,7 @@ class PerContrast:
         else:
             self.tokenizer = load_tokenizer(model, self.args, processing_class)
         self.model = model
-        self.preparation = Preparation(self.tokenizer, self.args)
+        self._preparation = Preparation(self.tokenizer, self.args)
         pad_token_id = self.tokenizer.pad_token_id
         self._collator = DataCollatorForPerCE(
             pad_token_id=0 if pad_token_id is None else pad_token_id,  # hidden by the attention mask
@@ -120,19 +120,20 @@ class PerContrast:
             and says why in `skipped`.
 
         Raises:
-            `PersonaError`: A row's persona is unclear; the message names the row.
-            `ValueError`: There is no row, or `counterfactual="swap"` and only one persona.
+            `PersonaError`: A row's persona is unclear (the message names the row), or all are the same and `counterfactual="swap"`.
+            `ValueError`: There is no row, or it holds images.
         """
         if isinstance(rows, dict):
             return self.score([rows])[0]
-        if isinstance(rows, IterableDataset):
-            return _in_order(self.iterate(self.preparation(rows, "scored")))
-        if isinstance(rows, Dataset):
-            prepared = self.preparation(rows, "scored")
-        else:
-            with _without_bars():
-                prepared = self.preparation(_to_dataset(rows), "scored")
-        return [*_in_order(self.iterate(prepared))]
+        scores = _in_order(self.iterate(self.prepare(rows)))
+        return scores if isinstance(rows, IterableDataset) else [*scores]
+
+    def prepare(self, rows) -> PreparedRows:
+        """Prepare many rows as the trainer does, for [`~PerContrast.iterate`]. Takes and raises what [`~PerContrast.score`] does."""
+        if isinstance(rows, (Dataset, IterableDataset)):
+            return self._preparation(rows, "scored")
+        with _without_bars():
+            return self._preparation(_to_dataset(rows), "scored")
 
     def iterate(self, prepared: PreparedRows, done: Collection[int] = ()) -> Iterator[TokenScores]:
         """
@@ -147,7 +148,7 @@ class PerContrast:
         """
         total = None if prepared.num_rows is None else prepared.num_rows - len(done)
         earlier = []
-        with tqdm(total=total, unit="row", desc="PerContrast", disable=None) as bar:
+        with tqdm(total=total, unit="row", desc="PerContrast", disable=self.args.disable_tqdm or None) as bar:
             for rows, skipped in prepared.blocks():
                 if self.args.counterfactual == "swap":
                     earlier = _find_other_personas(rows, earlier)
@@ -305,7 +306,7 @@ def _find_other_personas(rows: list[dict[str, Any]], earlier: list[list[list[int
     for row, persona, other in zip(rows, own, others, strict=True):
         row["_other"] = other or next((candidate for candidate in earlier if candidate != persona), None)
         if row["_other"] is None:
-            raise ValueError(
+            raise PersonaError(
                 f"`counterfactual='swap'` finds no other persona for row {row['_row']}: the {len(own)} rows with a persona that "
                 "are read together all have the same. Give rows of several users, or use 'drop'."
             )

@@ -25,7 +25,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 
 from .checks import chat_template
 from .config import PerCEConfig, copy_config
-from .dataset import check_rendering, describe_row, mark_dataset, tokenize_with_mask
+from .dataset import check_rendering, count_personas, describe_row, mark_dataset, tokenize_with_mask
 
 
 # Rows that are read, and sorted by length, together
@@ -81,7 +81,9 @@ class Preparation:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, args: PerCEConfig):
-        self.args = copy_config(args, packing=False, padding_free=False, shuffle_dataset=False)
+        self.args = copy_config(
+            args, packing=False, padding_free=False, shuffle_dataset=False, token_weighting="perce"
+        )
         template = chat_template(args)
         if args.eos_token is not None or template is not None:
             tokenizer = copy.deepcopy(tokenizer)
@@ -92,19 +94,21 @@ class Preparation:
         needs_markers = args.assistant_only_loss and not has_generation_markers(tokenizer.chat_template)
         self.chat_template = get_training_chat_template(tokenizer) if needs_markers else None
 
-    def __call__(self, dataset: Dataset | IterableDataset, name: str) -> PreparedRows:
+    def __call__(self, dataset: Dataset | IterableDataset, name: str, needs_persona: bool = False) -> PreparedRows:
         """
         Prepare a dataset.
 
         Args:
             dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Of any type that the trainer takes.
             name (`str`): What to call it in messages.
+            needs_persona (`bool`, *optional*, defaults to `False`): Whether it is an error if no row has a persona (of a streaming
+                dataset: none of the first 100).
 
         Returns:
             [`PreparedRows`]: Rows, and which were left out.
 
         Raises:
-            `PersonaError`: A row's persona is unclear; the message names the row.
+            `PersonaError`: A row's persona is unclear (the message names the row), or no row has one and `needs_persona`.
             `ValueError`: There is no row, or it holds images.
         """
         args = self.args
@@ -119,6 +123,8 @@ class Preparation:
             return example
 
         dataset = mark_dataset(dataset, name, args)
+        if needs_persona:
+            count_personas(dataset, name, args, required=True)
         check_rendering(dataset, name, self.tokenizer, self.chat_template, args.dataset_text_field)
         dataset = dataset.map(note, with_indices=True) if streaming else dataset
         dataset = dataset.map(describe_row, with_indices=True, fn_kwargs={"text_field": args.dataset_text_field})

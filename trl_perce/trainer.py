@@ -325,4 +325,4 @@ def _like(scored: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 def _mark_and_count(dataset, name: str, args: PerCEConfig, formatting_func):
     dataset = mark_dataset(dataset, name, args, formatting_func)
-    return dataset, count_personas(dataset, name, args)
+    return dataset, count_personas(dataset, name, args, required=name == "train")

@@ -31,7 +31,8 @@ from transformers import TrainerCallback
 from trl import get_peft_config, get_quantization_config
 
 from trl_perce import PerCETrainer
-from trl_perce.cli.train import load_data, make_parser
+from trl_perce.cli.common import load_data
+from trl_perce.cli.train import make_parser
 from trl_perce.estep import EStep
 from trl_perce.weighting import perce_weights
 

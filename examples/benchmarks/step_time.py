@@ -31,7 +31,8 @@ from trl import get_peft_config, get_quantization_config
 
 from measure import StepTimes, peak_memory, reset_peak_memory
 from trl_perce import PerCETrainer
-from trl_perce.cli.train import load_data, make_parser
+from trl_perce.cli.common import load_data
+from trl_perce.cli.train import make_parser
 
 
 ROUNDS = 3

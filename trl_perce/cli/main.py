@@ -13,11 +13,11 @@
 import argparse
 import sys
 
-from . import train
+from . import score, train
 
 
 # One module a command, with `HELP` and `run(argv)`
-COMMANDS = {"train": train}
+COMMANDS = {"train": train, "score": score}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,20 +16,23 @@
     trl-perce train --config recipes/SmolLM2-135M-Instruct/persona_qa/config_lora.yaml --learning_rate 1e-4
 """
 
-import difflib
 import os
 import sys
 import time
 from pathlib import Path
 
+from .common import (
+    check_config_keys,
+    check_known,
+    check_script_args,
+    disable_progress_bars,
+    load_data,
+    model_init_kwargs,
+)
+
 
 HELP = "Fine-tune a model with PerCE, LossCE, EntCE or plain CE"
 _MODULE = "trl_perce.cli.train"
-# Suffix of a data file → builder of `datasets`
-_BUILDERS = {
-    **{".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"},
-    **{".parquet": "parquet", ".arrow": "arrow", ".txt": "text"},
-}
 
 
 def make_parser():
@@ -61,13 +64,13 @@ def run(argv: list[str]) -> int:
 
     parser = make_parser()
     try:
-        _check_config_keys(parser, argv)
+        check_config_keys(parser, argv)
         script_args, training_args, model_args, dataset_args, of_config, of_command_line = (
             parser.parse_args_and_config(argv, return_remaining_strings=True, separate_remaining_strings=True)
         )
         launch_args = resolve_accelerate_config_argument(of_config + of_command_line)
         _check_launch_args(parser, launch_args)
-        _check_script_args(script_args, model_args, dataset_args)
+        check_script_args(script_args, model_args, dataset_args)
     except (ValueError, TypeError, FileNotFoundError) as error:
         parser.exit(2, f"trl-perce train: error: {error}\n")
 
@@ -102,15 +105,9 @@ def main(script_args, training_args, model_args, dataset_args):
     from trl_perce import PerCETrainer
 
     if not sys.stderr.isatty():
-        _disable_progress_bars()
+        disable_progress_bars()
         training_args.disable_tqdm = True
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
+    training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
     evaluates = training_args.eval_strategy != "no"
     dataset = load_data(script_args, dataset_args)
     splits = [script_args.dataset_train_split] + ([script_args.dataset_test_split] if evaluates else [])
@@ -153,84 +150,8 @@ def main(script_args, training_args, model_args, dataset_args):
     return trainer
 
 
-def load_data(script_args, dataset_args):
-    """
-    Load the splits of a dataset: of a mixture (`datasets`), from local files, or from the Hub.
-
-    Args:
-        script_args ([`~trl.ScriptArguments`]): `dataset_name` is a data file (JSON lines, JSON, CSV, Parquet, Arrow or
-            text), a folder of such files (`train.jsonl`, `test.jsonl`), a folder from `save_to_disk`, or a Hub name.
-        dataset_args ([`~trl.DatasetMixtureConfig`]): Goes first where both are given.
-
-    Returns:
-        [`~datasets.DatasetDict`] or [`~datasets.IterableDatasetDict`]: Splits by name.
-    """
-    from datasets import DatasetDict, load_dataset, load_from_disk
-    from trl import get_dataset
-
-    if dataset_args.datasets:
-        if script_args.dataset_name:
-            print("Both `datasets` and `dataset_name` are given: `dataset_name` is ignored.", file=sys.stderr)
-        return get_dataset(dataset_args)
-    name, streaming = script_args.dataset_name, script_args.dataset_streaming
-    path = Path(name).expanduser()
-    if path.is_file():
-        kwargs = {"delimiter": "\t"} if ".tsv" in path.suffixes else {}
-        return load_dataset(_builder(path), data_files=str(path), streaming=streaming, **kwargs)
-    if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
-        dataset = load_from_disk(path)
-        return dataset if isinstance(dataset, DatasetDict) else DatasetDict(train=dataset)
-    return load_dataset(str(path) if path.is_dir() else name, name=script_args.dataset_config, streaming=streaming)
-
-
-def _builder(path: Path) -> str | None:
-    return next((_BUILDERS[suffix] for suffix in path.suffixes if suffix in _BUILDERS), None)
-
-
-def _check_script_args(script_args, model_args, dataset_args) -> None:
-    if model_args.model_name_or_path is None:
-        raise ValueError("`model_name_or_path` is missing. Write a folder with a model, or a name on the Hub.")
-    name = script_args.dataset_name
-    if dataset_args.datasets:
-        return
-    if name is None:
-        raise ValueError(
-            "`dataset_name` (or `datasets`) is missing. Write a data file, a folder, or a name on the Hub."
-        )
-    path = Path(name).expanduser()
-    is_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or _builder(path) is not None
-    if is_path and not path.exists():
-        raise FileNotFoundError(f"`dataset_name`: there is no file or folder {name!r} (seen from {os.getcwd()}).")
-    if path.is_file() and _builder(path) is None:
-        raise ValueError(
-            f"`dataset_name`: {name!r} is not one of the known kinds of data file: {', '.join(_BUILDERS)}."
-        )
-
-
-def _check_config_keys(parser, argv: list[str]) -> None:
-    """Raise on an unknown key of the YAML file. Ahead of the parser, which would first complain of the values."""
-    import yaml
-
-    if "--config" not in argv[:-1]:
-        return
-    config = yaml.safe_load(Path(argv[argv.index("--config") + 1]).read_text(encoding="utf-8"))
-    if isinstance(config, dict):  # else the parser says so
-        _check_known(parser, config.keys() - {"env"})
-
-
 def _check_launch_args(parser, launch_args: list[str]) -> None:
-    _check_known(parser, {arg.split("=")[0].lstrip("-") for arg in launch_args if arg.startswith("--")})
-
-
-def _check_known(parser, names: set[str]) -> None:
-    """Raise on a name that is neither ours nor one of `accelerate launch`, with the nearest right one."""
-    from accelerate.commands.launch import launch_command_parser
-
-    known = {option.lstrip("-") for p in (parser, launch_command_parser()) for option in p._option_string_actions}
-    for name in sorted(names - known - {"accelerate_config"}):
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"Did you mean `{nearest[0]}`?" if nearest else "See `trl-perce train --help`."
-        raise ValueError(f"unknown key or argument `{name}`. {hint}")
+    check_known(parser, {arg.split("=")[0].lstrip("-") for arg in launch_args if arg.startswith("--")})
 
 
 def _is_one_process() -> bool:
@@ -239,14 +160,6 @@ def _is_one_process() -> bool:
     from accelerate.commands.config import default_config_file
 
     return torch.accelerator.device_count() <= 1 and not os.path.isfile(default_config_file)
-
-
-def _disable_progress_bars() -> None:
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _main_exit_code(*args) -> int:

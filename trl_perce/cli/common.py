@@ -1,0 +1,128 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the commands share: the data that is loaded, and arguments that are checked before it."""
+
+import difflib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+# Suffix of a data file → builder of `datasets`
+_BUILDERS = {
+    **{".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"},
+    **{".parquet": "parquet", ".arrow": "arrow", ".txt": "text"},
+}
+
+
+def load_data(script_args, dataset_args):
+    """
+    Load the splits of a dataset: of a mixture (`datasets`), from local files, or from the Hub.
+
+    Args:
+        script_args ([`~trl.ScriptArguments`]): `dataset_name` is a data file (JSON lines, JSON, CSV, Parquet, Arrow or
+            text), a folder of such files (`train.jsonl`, `test.jsonl`), a folder from `save_to_disk`, or a Hub name.
+        dataset_args ([`~trl.DatasetMixtureConfig`]): Goes first where both are given.
+
+    Returns:
+        [`~datasets.DatasetDict`] or [`~datasets.IterableDatasetDict`]: Splits by name.
+    """
+    from datasets import DatasetDict, load_dataset, load_from_disk
+    from trl import get_dataset
+
+    if dataset_args.datasets:
+        if script_args.dataset_name:
+            print("Both `datasets` and `dataset_name` are given: `dataset_name` is ignored.", file=sys.stderr)
+        return get_dataset(dataset_args)
+    name, streaming = script_args.dataset_name, script_args.dataset_streaming
+    path = Path(name).expanduser()
+    if path.is_file():
+        kwargs = {"delimiter": "\t"} if ".tsv" in path.suffixes else {}
+        return load_dataset(_builder(path), data_files=str(path), streaming=streaming, **kwargs)
+    if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+        dataset = load_from_disk(path)
+        return dataset if isinstance(dataset, DatasetDict) else DatasetDict(train=dataset)
+    return load_dataset(str(path) if path.is_dir() else name, name=script_args.dataset_config, streaming=streaming)
+
+
+def _builder(path: Path) -> str | None:
+    return next((_BUILDERS[suffix] for suffix in path.suffixes if suffix in _BUILDERS), None)
+
+
+def check_script_args(script_args, model_args, dataset_args) -> None:
+    if model_args.model_name_or_path is None:
+        raise ValueError("`model_name_or_path` is missing. Write a folder with a model, or a name on the Hub.")
+    model = model_args.model_name_or_path
+    if _is_path(model) and not Path(model).expanduser().exists():
+        raise FileNotFoundError(f"`model_name_or_path`: there is no folder {model!r} (seen from {os.getcwd()}).")
+    name = script_args.dataset_name
+    if dataset_args.datasets:
+        return
+    if name is None:
+        raise ValueError(
+            "`dataset_name` (or `datasets`) is missing. Write a data file, a folder, or a name on the Hub."
+        )
+    path = Path(name).expanduser()
+    if (_is_path(name) or _builder(path) is not None) and not path.exists():
+        raise FileNotFoundError(f"`dataset_name`: there is no file or folder {name!r} (seen from {os.getcwd()}).")
+    if path.is_file() and _builder(path) is None:
+        raise ValueError(
+            f"`dataset_name`: {name!r} is not one of the known kinds of data file: {', '.join(_BUILDERS)}."
+        )
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+
+
+def check_config_keys(parser, argv: list[str]) -> None:
+    """Raise on an unknown key of the YAML file. Ahead of the parser, which would first complain of the values."""
+    import yaml
+
+    if "--config" not in argv[:-1]:
+        return
+    config = yaml.safe_load(Path(argv[argv.index("--config") + 1]).read_text(encoding="utf-8"))
+    if isinstance(config, dict):  # else the parser says so
+        check_known(parser, config.keys() - {"env"})
+
+
+def check_known(parser, names: set[str], launch: bool = True) -> None:
+    """Raise on a name that is neither ours nor, with `launch`, one of `accelerate launch`, with the nearest right one."""
+    from accelerate.commands.launch import launch_command_parser
+
+    parsers = (parser, launch_command_parser()) if launch else (parser,)
+    known = {option.lstrip("-") for p in parsers for option in p._option_string_actions}
+    for name in sorted(names - known - ({"accelerate_config"} if launch else set())):
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean `{nearest[0]}`?" if nearest else f"See `{parser.prog} --help`."
+        raise ValueError(f"unknown key or argument `{name}`. {hint}")
+
+
+def model_init_kwargs(model_args, args) -> dict[str, Any]:
+    """What `from_pretrained` gets of the arguments, as in `trl/scripts/sft.py`; `model_init_kwargs` goes first."""
+    return {
+        "revision": model_args.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+
+
+def disable_progress_bars() -> None:
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,215 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+`trl-perce score`: how personal is each token of a dataset's responses, to a model?
+
+    trl-perce score --model_name_or_path Qwen/Qwen3-0.6B --dataset_name ./data/product_review --output_dir scores
+"""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .common import (
+    check_config_keys,
+    check_known,
+    check_script_args,
+    disable_progress_bars,
+    load_data,
+    model_init_kwargs,
+)
+
+
+HELP = "Score how personal each token of a dataset's responses is, and report whether the data is worth PerCE"
+# Settings that the scores depend on
+_SETTINGS = [
+    *("counterfactual", "weight_clip_min", "weight_clip_max", "personal_threshold", "max_length", "truncate_persona"),
+    *(
+        "truncation_mode",
+        "completion_only_loss",
+        "assistant_only_loss",
+        "chat_template_path",
+        "eos_token",
+        "bf16",
+        "fp16",
+    ),
+    *("persona_start_marker", "persona_end_marker", "dataset_text_field"),
+]
+_MODEL_SETTINGS = [
+    *("model_revision", "dtype", "attn_implementation", "load_in_4bit", "load_in_8bit"),
+    *("bnb_4bit_quant_type", "use_bnb_nested_quant"),
+]
+
+
+def make_parser():
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+    from trl_perce import PerContrastConfig
+
+    @dataclass
+    class ScoreArguments(ScriptArguments):
+        """Arguments of `trl-perce score` beside those of a training recipe."""
+
+        adapter: str | None = field(
+            default=None, metadata={"help": "Folder or name of a PEFT adapter to put on the model, on in both passes."}
+        )
+        dataset_split: str | None = field(
+            default=None, metadata={"help": "Split to score. By default `dataset_train_split`."}
+        )
+        max_rows: int | None = field(default=None, metadata={"help": "Score the first so many rows only."})
+        heatmap_rows: int = field(default=1000, metadata={"help": "Rows of heatmap.html: the first so many."})
+        png_rows: int = field(default=4, metadata={"help": "Rows of heatmap.png and of the terminal's heatmap."})
+        overwrite: bool = field(
+            default=False, metadata={"help": "Remove earlier scores from `output_dir` instead of going on with them."}
+        )
+
+    return TrlParser(
+        (ScoreArguments, PerContrastConfig, ModelConfig, DatasetMixtureConfig),
+        prog="trl-perce score",
+        description=f"{HELP}. Takes a training recipe with --config, whose arguments that do not matter here are ignored. "
+        "Writes scores.jsonl, heatmap.html, heatmap.png, report.md and report.json to --output_dir. Called again, it goes on "
+        "where it stopped.",
+    )
+
+
+def run(argv: list[str]) -> int:
+    """
+    Score a dataset and write what there is to see of it.
+
+    Args:
+        argv (`list[str]`): Arguments after `trl-perce score`.
+
+    Returns:
+        `int`: Exit code. Arguments or rows that are wrong exit with 2, before a model loads.
+    """
+    from trl_perce import PersonaError
+
+    parser = make_parser()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        check_config_keys(parser, argv)
+        # A recipe may have arguments of `accelerate launch`, which do not matter here
+        script_args, args, model_args, dataset_args, _, unknown = parser.parse_args_and_config(
+            argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
+        check_known(parser, {arg.split("=")[0].lstrip("-") for arg in unknown if arg.startswith("--")}, launch=False)
+        check_script_args(script_args, model_args, dataset_args)
+        if not any(arg.split("=")[0] == "--output_dir" for arg in argv):
+            args.output_dir = f"{args.output_dir.rstrip('/')}-scores"  # a recipe's is that of the training
+        run = ScoreRun(script_args, args, model_args, dataset_args)
+    except (ValueError, TypeError, OSError) as error:  # `OSError`: there is no such file, or model
+        parser.exit(2, f"trl-perce score: error: {error}\n")
+    try:
+        run.score()
+    except PersonaError as error:
+        parser.exit(2, f"trl-perce score: error: {error}\n")
+    run.show()
+    return 0
+
+
+class ScoreRun:
+    """
+    One run of the command. What can be wrong with arguments, rows and earlier scores is found here, before the model loads.
+
+    Args:
+        script_args (`ScoreArguments`): Says which dataset and adapter.
+        args ([`PerContrastConfig`]): Configuration of the scores.
+        model_args ([`~trl.ModelConfig`]): Says which model and quantization.
+        dataset_args ([`~trl.DatasetMixtureConfig`]): Says which mixture of datasets, if any.
+
+    Raises:
+        `ValueError`: Arguments, rows or earlier scores do not fit; the message says what to write instead.
+    """
+
+    def __init__(self, script_args, args, model_args, dataset_args):
+        from trl_perce.loading import find_adapter, load_scoring_tokenizer
+        from trl_perce.preparation import Preparation
+        from trl_perce.score_file import ScoreFile, remove_scores
+
+        self.script_args, self.args, self.model_args = script_args, args, model_args
+        args.model_init_kwargs = model_init_kwargs(model_args, args)
+        dataset, split = self._load_split(dataset_args)
+        self.base, self.adapter = find_adapter(model_args.model_name_or_path, script_args.adapter)
+        self.tokenizer = load_scoring_tokenizer(self.base, self.adapter, args)
+        self.prepared = Preparation(self.tokenizer, args)(dataset, split, needs_persona=True)
+        self.settings = {
+            "model": self.base,
+            "adapter": self.adapter,
+            "dataset": script_args.dataset_name or [mixed.path for mixed in dataset_args.datasets],
+            "split": split,
+            "rows": script_args.max_rows,
+            "fingerprint": _fingerprint(dataset),
+            **{name: getattr(args, name) for name in _SETTINGS},
+            **{name: getattr(model_args, name) for name in _MODEL_SETTINGS},
+        }
+        if script_args.overwrite:
+            remove_scores(args.output_dir)
+        self.file = ScoreFile(args.output_dir, self.settings)
+
+    def _load_split(self, dataset_args):
+        splits = load_data(self.script_args, dataset_args)
+        split = self.script_args.dataset_split or self.script_args.dataset_train_split
+        if split not in splits:
+            raise ValueError(
+                f"The dataset has no split {split!r}; it has {', '.join(map(repr, splits))}. Set `dataset_split`."
+            )
+        dataset, rows = splits[split], self.script_args.max_rows
+        if rows is not None and rows < 1:
+            raise ValueError(f"`max_rows` is {rows}. Write a positive number of rows, or leave it out.")
+        return (dataset if rows is None else dataset.take(rows)), split
+
+    def score(self) -> None:
+        """Score the rows that are not yet scored."""
+        from trl import get_quantization_config
+
+        from trl_perce import PerContrast
+        from trl_perce.loading import load_model
+
+        done = len(self.file.done)
+        if self.prepared.num_rows != done:
+            if done:
+                print(f"{done} rows are scored already.")
+            model = load_model(self.base, self.adapter, self.args, get_quantization_config(self.model_args))
+            scorer, started = PerContrast(model, self.tokenizer, self.args), time.time()
+            self.file.append(scorer.iterate(self.prepared, done=frozenset(self.file.done)))
+            print(f"Scored {len(self.file.done) - done} rows in {time.time() - started:.1f} s.")
+        self.file.finish()
+
+    def show(self) -> None:
+        """Write the report and the heatmaps, and print the first of both."""
+        from rich.console import Console
+
+        from trl_perce.heatmap import print_heatmap, write_html, write_png
+        from trl_perce.report import make_report, write_report
+
+        folder, rows = Path(self.args.output_dir), self.script_args.png_rows
+        report = make_report(self.file, self.settings)
+        write_report(report, folder)
+        write_html(self.file, folder / "heatmap.html", self.settings, max_rows=self.script_args.heatmap_rows)
+        write_png(self.file, folder / "heatmap.png", self.settings, num_rows=rows)
+        console = Console(highlight=False)
+        print_heatmap(self.file, console, num_rows=rows)
+        console.print(report["verdict"], markup=False)
+        names = ("scores.jsonl", "heatmap.html", "heatmap.png", "report.md", "report.json")
+        console.print(f"Written to {folder}: {', '.join(names)}", markup=False, soft_wrap=True)
+
+
+def _fingerprint(dataset) -> str:
+    """Tells a dataset from another one under the same name: by its size (if it is known), first and last row."""
+    from datasets import Dataset
+    from datasets.fingerprint import Hasher
+
+    rows = [len(dataset), dataset[0], dataset[-1]] if isinstance(dataset, Dataset) else [next(iter(dataset), None)]
+    return Hasher.hash(rows)

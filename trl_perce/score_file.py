@@ -1,0 +1,108 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Scores on disk: whole rows, one after the other, so that a run that was killed goes on where it stopped."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .scores import TokenScores
+
+
+class ScoreFile:
+    """
+    `scores.jsonl` of a folder, one row of [`TokenScores`] a line. Until all rows are there, it is called `scores.jsonl.part`, whose
+    rows stand in the order in which they were scored.
+
+    Args:
+        folder (`str` or `Path`): Folder of the file; it is made if it is not there.
+        settings (`dict[str, Any]`): Everything that the scores depend on, as JSON takes it; kept in `settings.json`.
+
+    Raises:
+        `ValueError`: The folder has scores that were made with other settings; the message says which differ.
+    """
+
+    def __init__(self, folder: str | Path, settings: dict[str, Any]):
+        self.folder = Path(folder)
+        self.path = self.folder / "scores.jsonl"
+        self.part = self.folder / "scores.jsonl.part"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_settings(json.loads(json.dumps(settings)))
+        self.done = {scores.row for scores in self} if self.path.is_file() else set(self._read_part())
+
+    def __iter__(self) -> Iterator[TokenScores]:
+        """The rows of the finished file, in order."""
+        with open(self.path, encoding="utf-8") as file:
+            for line in file:
+                yield TokenScores.from_dict(json.loads(line))
+
+    def append(self, rows: Iterator[TokenScores]) -> None:
+        """Write rows as they come, each as a whole line."""
+        with open(self.part, "a", encoding="utf-8") as file:
+            for scores in rows:
+                file.write(json.dumps(scores.to_dict(), ensure_ascii=False) + "\n")
+                file.flush()
+                self.done.add(scores.row)
+
+    def finish(self) -> None:
+        """Put the rows in order and give the file its name. Does nothing where that is done."""
+        if self.path.is_file():
+            return
+        starts = self._read_part()
+        unsorted = self.folder / "scores.jsonl.sorted"
+        with open(self.part, "rb") as part, open(unsorted, "wb") as file:
+            for row in sorted(starts):
+                part.seek(starts[row])
+                file.write(part.readline())
+        os.replace(unsorted, self.path)
+        self.part.unlink()
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        path = self.folder / "settings.json"
+        if (self.path.is_file() or self.part.is_file()) and path.is_file():
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            differing = [
+                f"`{key}` was {earlier.get(key)!r} and is {settings.get(key)!r}"
+                for key in {**earlier, **settings}
+                if earlier.get(key) != settings.get(key)
+            ]
+            if differing:
+                raise ValueError(
+                    f"{self.folder} holds scores that were made with other settings: {'; '.join(differing)}. Choose another "
+                    "`output_dir`, or set `overwrite` to start anew."
+                )
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
+
+    def _read_part(self) -> dict[int, int]:
+        """Where each row's line starts, in bytes. A last line that is not whole is cut off."""
+        starts, position = {}, 0
+        if not self.part.is_file():
+            return starts
+        with open(self.part, "r+b") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    file.truncate(position)
+                    break
+                starts[json.loads(line)["row"]] = position
+                position += len(line)
+        return starts
+
+
+def remove_scores(folder: str | Path) -> None:
+    """Remove what a [`ScoreFile`] has written to a folder."""
+    for name in ("scores.jsonl", "scores.jsonl.part", "settings.json"):
+        (Path(folder) / name).unlink(missing_ok=True)
