@@ -225,6 +225,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
     from trl_perce.percontrast import PerContrast
 
+    # No autocast: the model computes in its own dtype, on a CPU too
     scores = PerContrast(model, bf16=False).score(rows)
     scored = time.time() - started
     tokens = [answer_tokens(row, row_scores) for row, row_scores in zip(rows, scores, strict=True)]
