@@ -207,8 +207,9 @@ def main(arguments: list[str] | None = None) -> dict:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("trl_perce").setLevel(logging.INFO)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    judge = None
-    if args.judge_model is not None:
+    rows = load_rows(("train", "test") if args.split == "all" else (args.split,))
+    judgement = None
+    if args.judge_model is not None:  # first: what is wrong with its address shows before a model is loaded
         judge = Endpoint(
             args.judge_base_url,
             args.judge_model,
@@ -216,18 +217,19 @@ def main(arguments: list[str] | None = None) -> dict:
             concurrency=args.judge_concurrency,
             cache_path=args.output_dir / "judge.answers.jsonl",
         )
-    rows = load_rows(("train", "test") if args.split == "all" else (args.split,))
+        judgement = judge_words(rows, judge)
     model = args.model_name_or_path
     if model is None:
         from smollm2 import ensure_smollm2
 
         model = ensure_smollm2()
 
-    from trl_perce.percontrast import PerContrast
+    from trl_perce import PerContrast
 
+    loading = time.time()
     # No autocast: the model computes in its own dtype, on a CPU too
     scores = PerContrast(model, bf16=False).score(rows)
-    scored = time.time() - started
+    scored = time.time() - loading
     tokens = [answer_tokens(row, row_scores) for row, row_scores in zip(rows, scores, strict=True)]
     pir, actual = (np.concatenate([getattr(row, name) for row in tokens]) for name in ("pir", "is_personal"))
 
@@ -243,9 +245,7 @@ def main(arguments: list[str] | None = None) -> dict:
         ],
         "Word matching": [in_spans(row.offsets, spans) for row, spans in zip(tokens, matched, strict=True)],
     }
-    judgement = None
-    if judge is not None:
-        judgement = judge_words(rows, judge)
+    if judgement is not None:
         predictions["LLM judge"] = [
             in_spans(row.offsets, spans) for row, spans in zip(tokens, judgement.spans, strict=True)
         ]

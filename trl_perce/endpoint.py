@@ -106,7 +106,7 @@ class Endpoint:
             executor.shutdown(cancel_futures=True)
             kept = "Set `cache_path` to keep finished answers."
             if self.cache_path is not None:
-                kept = f"Finished answers are in {self.cache_path}: the same call goes on from there."
+                kept = f"Finished answers are kept in {self.cache_path}: the same call goes on from there."
             done = sum(future.done() and not future.cancelled() and not future.exception() for future in futures)
             message = (
                 f"{self.base_url} (model {self.model!r}): {error} {done} of {len(futures)} requests were answered."
