@@ -76,8 +76,8 @@ def make_report(scores: Iterable[TokenScores], settings: dict[str, Any]) -> dict
         - `"tokens"`: `"total"` and `"with_pir"`, of the scored rows' responses.
         - `"pir"`: `"mean"`, `"quantiles"` (percent → PIR) and `"histogram"` (`"over"` < PIR ≤ `"up_to"`).
         - `"personal"`: `"threshold"`, `"tokens"`, `"share"`, `"mirror_share"` (PIR under minus the threshold), `"excess"`
-          (the difference), `"share_interval"` and `"excess_interval"` (95 %, over personas, if there are [`MIN_PERSONAS`]), `"personas"`, `"row_share"`
-          (`"mean"` and `"quantiles"` over rows).
+          (the difference), `"share_interval"` and `"excess_interval"` (95 %, over personas, if there are
+          [`MIN_PERSONAS`]), `"personas"`, `"row_share"` (`"mean"` and `"quantiles"` over rows).
         - `"weights"`: `"mean"`, `"at_min"`, `"at_max"` (shares) and `"of_personal"` (the personal tokens' share of all
           weight), over all tokens, those without a PIR included, as the trainer logs them.
         - `"words"`: `"number"` (different ones), `"by_mean"` and `"by_sum"`: the words with a mean PIR over the threshold, each
