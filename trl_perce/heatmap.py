@@ -44,8 +44,8 @@ PALETTE = {
 SCALE = 5.0
 # Under 1, so that a token that is just personal (1 nat) has a third of the full colour and not a fifth
 EXPONENT = 0.7
-# In the terminal a token nearer to 0 has no background: it would be a bright or a dark block, as the terminal is
-_FAINT = 0.5
+# In the terminal a token nearer to 0 has no background: pale on dark, it would be louder than the personal ones
+_FAINT = 1.0
 # Characters of a text that a picture and the terminal have room for
 MAX_PERSONA, MAX_QUERY, MAX_RESPONSE = 300, 600, 2000
 
@@ -188,22 +188,35 @@ def print_heatmap(scores: Iterable[TokenScores], console, num_rows: int = 4) -> 
     Raises:
         `ValueError`: `num_rows` is not positive.
     """
+    from rich.table import Table
     from rich.text import Text
 
     _check_positive("num_rows", num_rows)
     has_colours = console.is_terminal and console.color_system is not None and not console.no_color
     rows = _first_scored(scores, num_rows)
-    lines = [] if rows else [Text(NOTHING_TO_DRAW)]
+    lines: list = [] if rows else [Text(NOTHING_TO_DRAW)]
     for row in rows:
-        lines += [Text(line) for line in _head(row)]
-        lines += [Text("Response  ") + (_coloured(row) if has_colours else Text(_bracketed(row))), Text()]
+        texts = {
+            "Persona": Text(shorten(row.persona, MAX_PERSONA)),
+            "Query": Text(shorten(row.query, MAX_QUERY)),
+            "Response": _coloured(row) if has_colours else Text(_bracketed(row)),
+        }
+        lines.append(Text(summary(row), style="bold" if has_colours else ""))
+        if has_colours:
+            grid = Table.grid(padding=(0, 2))
+            for label, text in texts.items():
+                grid.add_row(Text(label, style="dim"), text)
+            lines.append(grid)
+        else:
+            lines += [Text(f"{label:10}") + text for label, text in texts.items()]
+        lines.append(Text())
     if rows and has_colours:
         steps = [Text(f" {pir:+.0f} ", style=_style(pir)) for pir in (-5, -3, -1, 1, 3, 5)]
         lines.append(Text.assemble("PIR in nats ", *steps, f"  underlined: personal (PIR > {rows[0].threshold:g})"))
     elif rows:
         lines.append(Text(f"[…]: a personal token (PIR > {rows[0].threshold:g}) and its PIR in nats"))
     for line in lines:
-        console.print(line, soft_wrap=not console.is_terminal, highlight=False)
+        console.print(line, soft_wrap=not has_colours, highlight=False)
 
 
 NOTHING_TO_DRAW = "No row has a PIR: none was scored with a persona."
@@ -308,14 +321,6 @@ def summary(scores: TokenScores) -> str:
         f"Row {scores.row}: {personal / len(pir):.0%} personal ({personal} of {len(pir)} tokens), "
         f"mean PIR {pir.mean(dtype=np.float64):+.2f} nats"
     ).replace("%", " %")
-
-
-def _head(scores: TokenScores) -> list[str]:
-    return [
-        summary(scores),
-        f"Persona   {shorten(scores.persona, MAX_PERSONA)}",
-        f"Query     {shorten(scores.query, MAX_QUERY)}",
-    ]
 
 
 def pieces_of(scores: TokenScores) -> Iterator[tuple[str, Unit | None]]:

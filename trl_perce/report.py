@@ -76,8 +76,8 @@ def make_report(scores: Iterable[TokenScores], settings: dict[str, Any]) -> dict
         - `"tokens"`: `"total"` and `"with_pir"`, of the scored rows' responses.
         - `"pir"`: `"mean"`, `"quantiles"` (percent → PIR) and `"histogram"` (`"over"` < PIR ≤ `"up_to"`).
         - `"personal"`: `"threshold"`, `"tokens"`, `"share"`, `"mirror_share"` (PIR under minus the threshold), `"excess"`
-          (the difference), `"share_interval"` and `"excess_interval"` (95 %, over personas), `"personas"`, `"row_share"`
-          (`"mean"` and `"quantiles"` over rows).
+          (the difference), `"share_interval"` and `"excess_interval"` (95 %, over personas, if there are
+          [`MIN_PERSONAS`]), `"personas"`, `"row_share"` (`"mean"` and `"quantiles"` over rows).
         - `"weights"`: `"mean"`, `"at_min"`, `"at_max"` (shares) and `"of_personal"` (the personal tokens' share of all
           weight), over all tokens, those without a PIR included, as the trainer logs them.
         - `"words"`: `"number"` (different ones), `"by_mean"` and `"by_sum"`: the words with a mean PIR over the threshold, each
@@ -216,14 +216,14 @@ def _personal(counts: np.ndarray) -> dict[str, Any]:
 def _interval(parts: np.ndarray, wholes: np.ndarray) -> list[float] | None:
     """
     95 % interval of the ratio `Σ parts / Σ wholes` over independent draws, both `np.float64` of shape `(P,)`: the ratio's
-    linearized standard error times Student's t with `P - 1` degrees of freedom. `None` for fewer than two.
+    linearized standard error times Student's t with `P - 1` degrees of freedom. `None` for fewer than [`MIN_PERSONAS`].
     """
     number = len(parts)
-    if number < 2:
+    if number < MIN_PERSONAS:
         return None
     ratio, freedom = parts.sum() / wholes.sum(), number - 1
     error = math.sqrt(number / freedom * ((parts - ratio * wholes) ** 2).sum()) / wholes.sum()
-    student = 1.96 + 2.372 / freedom + 2.822 / freedom**2  # Cornish-Fisher expansion, within 0.02 from 4 on
+    student = 1.96 + 2.372 / freedom + 2.822 / freedom**2  # Cornish-Fisher expansion, to 0.01 from 9 on
     return [float(ratio - student * error), float(ratio + student * error)]
 
 
@@ -328,9 +328,9 @@ def _markdown(report: dict[str, Any]) -> str:
     }
     sections = [
         f"**Is this data worth PerCE? {answer}.** {verdict['text']}",
-        f"The intervals are over {personal['personas']:,} personas, since rows with the same one are no independent draws. "
-        "PIR is what this model makes of the persona: a small or an untrained one makes less of it than a better one, so the "
-        "data may hold more than is seen here.",
+        "PIR is what this model makes of the persona: a small or an untrained one makes less of it than a better one, so the data "
+        f"may hold more than is seen here. Intervals are over the {personal['personas']:,} personas with PIR, since rows with the "
+        "same one are no independent draws.",
         "# PerContrast report",
         ", ".join(f"{name} {_code(value)}" for name, value in made_with.items()) + ". PIR in nats. Means and shares are over "
         "the tokens that have a PIR, unless said.",
