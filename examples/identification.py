@@ -14,7 +14,7 @@
 Which tokens of an answer are personal, and who finds them? The identification experiment of the PerCE paper (Appendix A,
 Figures 4 and 5) on the 210 annotated answers that come with the package.
 
-    pip install 'trl_perce[demo,benchmarks]'
+    pip install 'trl_perce[demo,judge]'
     python examples/identification.py
     python examples/identification.py --model_name_or_path Qwen/Qwen3-4B \
         --judge_base_url http://localhost:8000/v1 --judge_model Qwen/Qwen3-14B

@@ -167,7 +167,9 @@ def test_a_killed_run_goes_on_where_it_stopped(tiny_model, tmp_path):
     assert [row["row"] for row in resumed] == [*range(600)]
     assert resumed[first["row"]]["persona"] == "from the first run"
     assert not part.exists()
-    for row, expected in zip(resumed, whole, strict=True):  # run with other numbers of threads, which round differently
+    for row, expected in zip(
+        resumed, whole, strict=True
+    ):  # run with other numbers of threads, which round differently
         assert row["tokens"] == expected["tokens"] and row["pir"] == pytest.approx(expected["pir"], abs=1e-4)
 
 

@@ -13,7 +13,6 @@
 """
 What a PerCE step costs over a step of TRL's SFT: time against its arithmetic floor, and peak memory.
 
-    pip install -e '.[benchmarks]'
     python examples/benchmarks/step_cost.py --models smollm2-135m --persona_lengths 256 1024 --profiles reviews
 
 In one process, on one model with random weights, TRL's `SFTTrainer` and `PerCETrainer` train in turn (A B A B …) from the same

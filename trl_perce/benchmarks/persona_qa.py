@@ -126,12 +126,14 @@ class AnswerTokens:
 
     Attributes:
         person (`str`): Whose answer it is: the row's persona.
+        indices (`list[int]`): Which of the row's scored tokens they are.
         offsets (`list[tuple[int, int]]`): Half-open character span of each token in the answer.
         pir (`np.ndarray` of shape `(N,)`): Personal Influence Ratios, in nats.
         is_personal (`np.ndarray` of shape `(N,)` and dtype `bool`): Whether the token lies in an annotated word.
     """
 
     person: str
+    indices: list[int]
     offsets: Spans
     pir: np.ndarray
     is_personal: np.ndarray
@@ -168,7 +170,7 @@ def answer_tokens(row: dict[str, Any], scores: TokenScores) -> AnswerTokens:
     pir = scores.pir[counted]
     if np.isnan(pir).any():
         raise ValueError(f"row {name!r} has tokens without a PIR: it needs a persona.")
-    return AnswerTokens(row["persona"], offsets, pir, in_spans(offsets, sorted(sum(personal, []))))
+    return AnswerTokens(row["persona"], counted, offsets, pir, in_spans(offsets, sorted(sum(personal, []))))
 
 
 def in_spans(offsets: Spans, spans: Spans) -> np.ndarray:
