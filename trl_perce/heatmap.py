@@ -48,6 +48,7 @@ EXPONENT = 0.7
 _FAINT = 1.0
 # Characters of a text that a picture and the terminal have room for
 MAX_PERSONA, MAX_QUERY, MAX_RESPONSE = 300, 600, 2000
+NOTHING_TO_DRAW = "No row has a PIR: none was scored with a persona."
 
 
 class Unit(NamedTuple):
@@ -118,7 +119,7 @@ def write_html(
         settings (`dict[str, Any]`): How they were made: `"model"`, `"adapter"` (`None` if there is none), `"dataset"`,
             `"counterfactual"`, `"weight_clip_min"` and `"weight_clip_max"`.
         max_rows (`int`, *optional*, defaults to `1000`): Rows that the page holds. It says how many more there are. A row
-            takes some 16 bytes a token and the bytes of its texts.
+            takes some 26 bytes a token and the bytes of its texts.
 
     Raises:
         `ValueError`: `max_rows` is not positive.
@@ -217,9 +218,6 @@ def print_heatmap(scores: Iterable[TokenScores], console, num_rows: int = 4) -> 
         lines.append(Text(f"[…]: a personal token (PIR > {rows[0].threshold:g}) and its PIR in nats"))
     for line in lines:
         console.print(line, soft_wrap=not has_colours, highlight=False)
-
-
-NOTHING_TO_DRAW = "No row has a PIR: none was scored with a persona."
 
 
 def _check_positive(name: str, value: int) -> None:

@@ -282,7 +282,7 @@ def _verdict(report: dict[str, Any]) -> dict[str, str]:
     text = (
         f"The persona makes {_percent(personal['share'])} of the {tokens['with_pir']:,} tokens clearly more likely (PIR > "
         f"{threshold:g}: personal tokens) and {_percent(personal['mirror_share'])} as clearly less likely (PIR < "
-        f"{-threshold:g}). The difference, {_percent(personal['excess'])}{_between(interval)}, is what chance does not "
+        f"−{threshold:g}). The difference, {_percent(personal['excess'])}{_between(interval)}, is what chance does not "
         f"explain; from {_percent(MIN_EXCESS)} on PerCE is worth it. It would give the personal tokens "
         f"{_percent(report['weights']['of_personal'])} of the weight in the loss, where CE gives them "
         f"{_percent(_ratio(personal['tokens'], tokens['total']))}. Mean PIR is {_nats(report['pir']['mean'])} nats."
