@@ -6,12 +6,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test chromium lint clean
 
 demo: $(VENV)/ready
 	@$(BIN)/python examples/demo.py
 
-test: $(VENV)/ready .cache/deepspeed
+test: $(VENV)/ready .cache/deepspeed chromium
 	@$(BIN)/python -m pytest
 
 lint: $(VENV)/ready
@@ -27,6 +27,14 @@ clean:
 	@DS_BUILD_OPS=0 $(PIP) --constraint constraints.txt --no-deps --target $@.part deepspeed hjson ninja py-cpuinfo msgpack \
 		einops pydantic pydantic-core annotated-types typing-inspection && mv $@.part $@ \
 		|| echo "DeepSpeed does not install here: its tests are skipped"
+
+# For the tests of the heatmap's page. As root in a Debian container it is installed; elsewhere, where there is none, these tests
+# are skipped.
+chromium:
+	@command -v chromium chromium-browser google-chrome >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+		&& echo "Installing Chromium for the tests" && { apt-get install -qq -y --no-install-recommends chromium \
+		|| { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; }; } >/dev/null 2>&1; } \
+		|| echo "Chromium is not here: the tests of the heatmap's page are skipped"
 
 # Without an NVIDIA GPU, torch's CPU build: the default one would bring gigabytes of CUDA with it.
 $(VENV)/ready: pyproject.toml constraints.txt

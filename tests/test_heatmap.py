@@ -529,12 +529,6 @@ def test_picture_colours_tokens_and_says_when_there_is_nothing(rows, tmp_path):
     assert (tmp_path / "b.png").stat().st_size > 1000
 
 
-def test_picture_needs_matplotlib(rows, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'trl_perce\[benchmarks\]'"):
-        write_png(rows, tmp_path / "a.png", SETTINGS)
-
-
 # The terminal
 
 

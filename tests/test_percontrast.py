@@ -145,7 +145,7 @@ def test_clip_bounds_and_threshold(scorer, tokenizer):
 def test_a_conversation(scorer):
     scores = scorer.score(CONVERSATION)
     assert isinstance(scores, TokenScores)
-    assert scores.persona == "I sew my own dresses." and scores.query == "About me: \nWhat should I buy?"
+    assert scores.persona == "I sew my own dresses." and scores.query == "About me: …\nWhat should I buy?"
     assert scores.response == "A new set of needles 🧵.<|im_end|>\n"
     for token, (start, end) in zip(scores.tokens, scores.offsets, strict=True):
         assert token == scores.response[start:end]
@@ -166,7 +166,7 @@ def test_a_conversation(scorer):
             {"prompt": "Me: <persona>I sew.</persona> Buy? ", "completion": "Linen."},
             {},
             "Linen.<|im_end|>",
-            "Me:  Buy?",
+            "Me: … Buy?",
         ),
         (
             {
@@ -443,4 +443,4 @@ def test_what_is_shown_of_a_row():
             "completion": [{"role": "assistant", "content": "Shoes."}],
         }
     )
-    assert describe(row, spans) == ("I sew.\n\nI run.\n\nI sing.", "Buy? !")
+    assert describe(row, spans) == ("I sew.\n\nI run.\n\nI sing.", "… Buy? …!")

@@ -161,14 +161,9 @@ def write_png(scores: Iterable[TokenScores], path: str | Path, settings: dict[st
         num_rows (`int`, *optional*, defaults to `4`): Rows to draw.
 
     Raises:
-        `ImportError`: matplotlib is not installed.
         `ValueError`: `num_rows` is not positive.
     """
     _check_positive("num_rows", num_rows)
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("The picture needs matplotlib: pip install 'trl_perce[benchmarks]'") from error
     from .heatmap_png import draw
 
     figure = draw(_first_scored(scores, num_rows), settings)

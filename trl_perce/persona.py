@@ -476,8 +476,8 @@ def describe(example: dict[str, Any], spans: list[Span], text_field: str = "text
         text_field (`str`, *optional*, defaults to `"text"`): Column of a plain language-modeling row.
 
     Returns:
-        `tuple[str, str]`: The personas, a blank line between each two, and the query: the last text before the last response,
-        without the personas in it. Empty where there is none.
+        `tuple[str, str]`: The personas, a blank line between each two, and the query: the last text before the last response, "…"
+        for each persona in it, without blank lines. Empty where there is none.
     """
     personas, query, before = [], "", ""
     for holder, key, where, is_response in _texts(example, text_field):
@@ -487,8 +487,8 @@ def describe(example: dict[str, Any], spans: list[Span], text_field: str = "text
             query = before
         else:
             borders = [0, *(border for span in own for border in span), len(holder[key])]
-            before = "".join(holder[key][start:end] for start, end in zip(borders[::2], borders[1::2], strict=True))
-    return "\n\n".join(personas), query.strip()
+            before = "…".join(holder[key][start:end] for start, end in zip(borders[::2], borders[1::2], strict=True))
+    return "\n\n".join(personas), re.sub(r"\s*\n\s*", "\n", query.strip())
 
 
 def _excerpt(text: str, position: int, width: int = 30) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .files import written_whole
 from .scores import TokenScores
 
 
@@ -83,9 +84,8 @@ class ScoreFile:
                     f"{self.folder} holds scores that were made with other settings: {'; '.join(differing)}. Choose another "
                     "`output_dir`, or set `overwrite` to start anew."
                 )
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        with written_whole(path) as part:
+            part.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _read_part(self) -> dict[int, int]:
         """Where each row's line starts, in bytes. A last line that is not whole is cut off."""

@@ -55,7 +55,7 @@ class TokenScores:
     Attributes:
         row (`int`): Index of the row in the dataset.
         persona (`str`): The row's persona, empty if it has none; several are put together with a blank line between.
-        query (`str`): The text that the response answers, without the persona.
+        query (`str`): The text that the response answers, with "…" for the persona.
         response (`str`): The text of the tokens, those that the chat template adds (`<|im_end|>`) included.
         tokens (`list[str]`): Text of each token, `response[start:end]`. The tokens of one character that is made of several
             (an emoji) all have that character.
