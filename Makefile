@@ -12,7 +12,7 @@ demo: $(VENV)/ready
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/ready .cache/deepspeed chromium
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -31,10 +31,13 @@ clean:
 # For the tests of the heatmap's page. As root in a Debian container it is installed; elsewhere, where there is none, these tests
 # are skipped.
 chromium:
-	@command -v chromium chromium-browser google-chrome >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
-		&& echo "Installing Chromium for the tests" && { apt-get install -qq -y --no-install-recommends chromium \
-		|| { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; }; } >/dev/null 2>&1; } \
-		|| echo "Chromium is not here: the tests of the heatmap's page are skipped"
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "Installing Chromium for the tests"; \
+		install="apt-get install -qq -y --no-install-recommends chromium"; \
+		{ $$install || { apt-get update -qq && $$install; }; } >/dev/null 2>&1 && exit 0; \
+	fi; \
+	echo "There is no Chromium: the tests of the heatmap's page are skipped"
 
 # Without an NVIDIA GPU, torch's CPU build: the default one would bring gigabytes of CUDA with it.
 $(VENV)/ready: pyproject.toml constraints.txt

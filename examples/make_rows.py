@@ -14,12 +14,14 @@
 Turn files of user histories into rows with `persona`, `prompt` and `completion`, which `trl-perce train` takes.
 
     python examples/make_rows.py reviews SOURCE_FOLDER data/product_review
+    python examples/make_rows.py posts SOURCE_FOLDER data/forum_posts
     python examples/make_rows.py chats SOURCE_FOLDER data/persona_chat
 
 `SOURCE_FOLDER` holds `train.jsonl` and `test.jsonl`. A line of `reviews` is a reviewer, `{"reviews": [{"overall",
 "summary", "description", "reviewText"}, …]}`: one review is left out and becomes the response, the others are the persona.
-A line of `chats` is a conversation, `{"user_2_persona": [sentence, …], "conversation": [{"user": 1 or 2, "text"}, …]}`: the
-second user's replies become responses, given that user's persona and the dialogue so far.
+A line of `posts` is an author, `{"posts": [{"forum", "post"}, …]}`: likewise, and the question gives the post's first ten
+words. A line of `chats` is a conversation, `{"user_2_persona": [sentence, …], "conversation": [{"user": 1 or 2, "text"},
+…]}`: the second user's replies become responses, given that user's persona and the dialogue so far.
 """
 
 import argparse
@@ -30,13 +32,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def leave_one_out(items: list[dict], entries: int, rows: int, rng: random.Random) -> Iterator[tuple[dict, list[dict]]]:
+    """Leave one item out, `rows` times at most: that item, and up to `entries` of the others in their order."""
+    for target in rng.sample(range(len(items)), min(rows, len(items))):
+        others = [item for index, item in enumerate(items) if index != target]
+        yield (
+            items[target],
+            [others[index] for index in sorted(rng.sample(range(len(others)), min(entries, len(others))))],
+        )
+
+
 def review_rows(reviewer: dict, entries: int, rows: int, rng: random.Random) -> Iterator[dict]:
-    """Leave one review out, `rows` times at most; the persona is up to `entries` of the reviewer's others."""
-    reviews = reviewer["reviews"]
-    for target in rng.sample(range(len(reviews)), min(rows, len(reviews))):
-        others = [review for index, review in enumerate(reviews) if index != target]
-        others = [others[index] for index in sorted(rng.sample(range(len(others)), min(entries, len(others))))]
-        review = reviews[target]
+    """One of the reviewer's reviews is the response, others are the persona."""
+    for review, others in leave_one_out(reviewer["reviews"], entries, rows, rng):
         question = (
             f'Write the review that this reviewer writes of a product with the description "{review["description"]}". They '
             f'give it {review["overall"]:g} of 5 stars. The summary of the review is "{review["summary"]}".'
@@ -48,6 +56,20 @@ def review_rows(reviewer: dict, entries: int, rows: int, rng: random.Random) -> 
             ),
             "prompt": [{"role": "user", "content": f"Past reviews of a reviewer:\n\n{{persona}}\n\n{question}"}],
             "completion": [{"role": "assistant", "content": review["reviewText"]}],
+        }
+
+
+def post_rows(author: dict, entries: int, rows: int, rng: random.Random) -> Iterator[dict]:
+    """One of the author's posts, but for its first words, is the response, others are the persona."""
+    for post, others in leave_one_out(author["posts"], entries, rows, rng):
+        words = post["post"].split()
+        question = (
+            f'Go on with the post that this author begins in the forum {post["forum"]} with "{" ".join(words[:10])}".'
+        )
+        yield {
+            "persona": "\n\n".join(f"In {other['forum']}: {other['post']}" for other in others),
+            "prompt": [{"role": "user", "content": f"Past posts of an author:\n\n{{persona}}\n\n{question}"}],
+            "completion": [{"role": "assistant", "content": " ".join(words[10:])}],
         }
 
 
@@ -68,7 +90,7 @@ def chat_rows(chat: dict, entries: int, rows: int, rng: random.Random) -> Iterat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["reviews", "chats"])
+    parser.add_argument("kind", choices=["reviews", "posts", "chats"])
     parser.add_argument("source", type=Path, help="folder with train.jsonl and test.jsonl")
     parser.add_argument("output", type=Path, help="folder for the rows")
     parser.add_argument("--entries", type=int, default=4, help="history entries or sentences a persona (default 4)")
@@ -77,7 +99,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    to_rows = {"reviews": review_rows, "chats": chat_rows}[args.kind]
+    to_rows = {"reviews": review_rows, "posts": post_rows, "chats": chat_rows}[args.kind]
     args.output.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
         rng, kept, left_out = random.Random(args.seed), 0, 0

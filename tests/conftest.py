@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -94,10 +95,12 @@ def tiny_model(tmp_path_factory, tokenizer) -> str:
 @pytest.fixture(scope="session")
 def smollm2() -> str:
     """Folder of the real SmolLM2-135M-Instruct."""
-    from smollm2 import ensure_smollm2
+    from smollm2 import DEFAULT_FOLDER, ensure_smollm2
 
+    DEFAULT_FOLDER.parent.mkdir(exist_ok=True)
     try:
-        return ensure_smollm2()
+        with FileLock(f"{DEFAULT_FOLDER}.lock"):  # another worker may be converting it
+            return ensure_smollm2()
     except FileNotFoundError as error:
         pytest.skip(str(error))
 

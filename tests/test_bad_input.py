@@ -216,7 +216,7 @@ def test_a_template_that_rewrites_the_text_is_an_error_and_never_a_shifted_mask(
 def test_the_command_line(tmp_path, capsys):
     def error_of(*argv):
         with pytest.raises(SystemExit) as exit_info:
-            main(["train", "--model_name_or_path", "/no/such/model", "--use_cpu", "true", *argv])
+            main(["train", "--model_name_or_path", "no/model", "--use_cpu", "true", *argv])
         assert exit_info.value.code == 2
         return capsys.readouterr().err
 
@@ -239,12 +239,14 @@ def test_the_command_line(tmp_path, capsys):
     other = tmp_path / "rows.xyz"
     other.write_text("")
     assert "not one of the known kinds of data file" in error_of("--dataset_name", str(other))
+    message = "`model_name_or_path`: there is no folder './model'"
+    assert message in error_of("--dataset_name", str(data), "--model_name_or_path", "./model")
 
 
 def test_the_command_line_in_its_own_process_ends_without_a_traceback(tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps({"prompt": "Me: <persona>I sew", "completion": "x"}))
-    argv = ["--model_name_or_path", "/no/such/model", "--dataset_name", str(data), "--use_cpu", "true"]
+    argv = ["--model_name_or_path", "no/model", "--dataset_name", str(data), "--use_cpu", "true"]
     result = subprocess.run(
         [sys.executable, "-m", "trl_perce", "train", *argv, "--output_dir", str(tmp_path / "out")],
         capture_output=True,

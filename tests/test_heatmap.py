@@ -548,9 +548,8 @@ def test_piped_text_shows_personal_tokens(rows):
     assert "… (cut: 300 of 807 characters)" in text
 
 
-def test_a_console_that_has_no_colours_gets_the_piped_text(rows, monkeypatch):
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert "[linen +4.0]" in printed(rows, force_terminal=True)
+def test_a_console_that_has_no_colours_gets_the_piped_text(rows):
+    assert "[linen +4.0]" in printed(rows, force_terminal=True, no_color=True)
 
 
 def test_terminal_colours_are_those_of_the_picture(rows):

@@ -289,7 +289,7 @@ def test_every_token_is_in_one_range(tokens):
 
 def test_interval_is_over_people():
     def row(person, actual):
-        return AnswerTokens(person, [], np.zeros(len(actual)), bools(actual))
+        return AnswerTokens(person, [], [], np.zeros(len(actual)), bools(actual))
 
     # Of one person no sample differs, however many rows there are
     one = [row("a", "10"), row("a", "01")]

@@ -11,9 +11,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import trl_perce.trainer
-from conftest import CHATML, GENERATION, ROOT, TINY_CONFIGS, make_tiny_model
+from conftest import CHATML, GENERATION, TINY_CONFIGS, make_tiny_model
 from reference import make_rows, reference, response_log_probs
 from trl_perce import PerCETrainer, PerContrast, PerContrastConfig, PersonaError, TokenScores
+from trl_perce.benchmarks.persona_qa import load_rows
 from trl_perce.loading import find_adapter, load_model
 from trl_perce.persona import describe, mark_persona, swap_persona, text_and_offsets
 from trl_perce.preparation import TOO_LONG, UNTRAINED, Preparation
@@ -25,11 +26,6 @@ CONVERSATION = {
     "prompt": [{"role": "user", "content": "About me: {persona}\nWhat should I buy?"}],
     "completion": [{"role": "assistant", "content": "A new set of needles 🧵."}],
 }
-
-
-def persona_qa(split="test"):
-    path = ROOT / "trl_perce" / "benchmarks" / "data" / "persona_qa" / f"{split}.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +87,10 @@ def test_swap_needs_a_second_persona(scorer, tokenizer):
         swap.score([CONVERSATION, {**CONVERSATION, "completion": [{"role": "assistant", "content": "Linen."}]}])
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("counterfactual", ["drop", "mask"])
+@pytest.mark.parametrize("counterfactual, bf16", [("drop", True), ("mask", False)])
 def test_the_same_numbers_as_the_trainer(make_args, smollm2, monkeypatch, counterfactual, bf16):
     """Real model, real rows, through both ways from text to PIR; bf16 in autocast rounds by batch."""
-    rows = persona_qa()[:6]
+    rows = load_rows(("test",))[:4]
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     recorded, original = [], trl_perce.trainer.personal_influence_ratio
     monkeypatch.setattr(
@@ -108,7 +103,7 @@ def test_the_same_numbers_as_the_trainer(make_args, smollm2, monkeypatch, counte
     scores = PerContrast(model, counterfactual=counterfactual, score_batch_tokens=1, use_cpu=True, bf16=bf16).score(
         rows
     )
-    assert len(recorded) == 6
+    assert len(recorded) == 4
     for one, pir in zip(scores, recorded, strict=True):
         assert one.pir == pytest.approx(pir.numpy(), abs=1e-6)
     tokens = sum(len(one.pir) for one in scores)
@@ -236,7 +231,7 @@ def test_json_and_back(scorer):
 
 
 def test_many_rows_one_by_one_and_as_a_stream(scorer):
-    rows = persona_qa()[:5]
+    rows = load_rows(("test",))[:5]
     listed = scorer.score(rows)
     for other in (
         scorer.score(Dataset.from_list(rows)),
@@ -380,7 +375,7 @@ def test_a_4bit_model_can_be_trained_after_it_was_scored(smollm2):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     )
     model = load_model(smollm2, None, args, quantization)
-    rows = persona_qa()[:3]
+    rows = load_rows(("test",))[:3]
     scores = PerContrast(model, args=args).score(rows)
     exact = PerContrast(smollm2, use_cpu=True).score(rows)
     pir, expected = (np.concatenate([one.pir for one in each]) for each in (scores, exact))
