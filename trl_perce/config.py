@@ -199,9 +199,9 @@ class PerContrastConfig(PerCEConfig):
 
         personal_threshold (`float`, *optional*, defaults to `1.0`):
             A token with a PIR over it is a personal token, in nats (PerCE paper: 1).
-        score_batch_tokens (`int`, *optional*, defaults to `8192`):
+        score_batch_tokens (`int`, *optional*, defaults to `2048`):
             Tokens (padding included) of one forward pass; a longer row is one of its own. Changes speed, memory and
-            rounding, nothing else.
+            rounding, nothing else. On CPU more are slower; a large GPU may want more.
 
     Raises:
         `ValueError`: A value is out of its range; the message says which and what to write instead.
@@ -219,7 +219,7 @@ class PerContrastConfig(PerCEConfig):
         default=1.0, metadata={"help": "A token with a PIR over it is a personal token, in nats."}
     )
     score_batch_tokens: int = field(
-        default=8192, metadata={"help": "Tokens of one forward pass, padding included, when scoring."}
+        default=2048, metadata={"help": "Tokens of one forward pass, padding included, when scoring."}
     )
 
     def __post_init__(self):

@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--dataset_name", required=True, help="folder with train.jsonl, rows with a persona each")
     parser.add_argument("--max_rows", type=int, default=40)
     parser.add_argument("--max_length", type=int, default=5000)
-    parser.add_argument("--score_batch_tokens", type=int, nargs="+", default=[8192], help="one measurement for each")
+    parser.add_argument("--score_batch_tokens", type=int, nargs="+", default=[2048], help="one measurement for each")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no_bf16", action="store_true", help="no autocast")
     args = parser.parse_args()

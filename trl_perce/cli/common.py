@@ -97,6 +97,11 @@ def check_config_keys(parser, argv: list[str]) -> None:
         check_known(parser, config.keys() - {"env"})
 
 
+def check_rest(parser, rest: list[str], launch: bool = True) -> None:
+    """Raise on arguments that the parser left over and that are none of `accelerate launch` either ([`check_known`])."""
+    check_known(parser, {arg.split("=")[0].lstrip("-") for arg in rest if arg.startswith("--")}, launch)
+
+
 def check_known(parser, names: set[str], launch: bool = True) -> None:
     """Raise on a name that is neither ours nor, with `launch`, one of `accelerate launch`, with the nearest right one."""
     from accelerate.commands.launch import launch_command_parser

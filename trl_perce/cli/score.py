@@ -23,7 +23,7 @@ from pathlib import Path
 
 from .common import (
     check_config_keys,
-    check_known,
+    check_rest,
     check_script_args,
     disable_progress_bars,
     load_data,
@@ -104,7 +104,7 @@ def run(argv: list[str]) -> int:
         script_args, args, model_args, dataset_args, _, unknown = parser.parse_args_and_config(
             argv, return_remaining_strings=True, separate_remaining_strings=True
         )
-        check_known(parser, {arg.split("=")[0].lstrip("-") for arg in unknown if arg.startswith("--")}, launch=False)
+        check_rest(parser, unknown, launch=False)
         check_script_args(script_args, model_args, dataset_args)
         if not any(arg.split("=")[0] == "--output_dir" for arg in argv):
             args.output_dir = f"{args.output_dir.rstrip('/')}-scores"  # a recipe's is that of the training

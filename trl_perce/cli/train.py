@@ -23,7 +23,7 @@ from pathlib import Path
 
 from .common import (
     check_config_keys,
-    check_known,
+    check_rest,
     check_script_args,
     disable_progress_bars,
     load_data,
@@ -69,7 +69,7 @@ def run(argv: list[str]) -> int:
             parser.parse_args_and_config(argv, return_remaining_strings=True, separate_remaining_strings=True)
         )
         launch_args = resolve_accelerate_config_argument(of_config + of_command_line)
-        _check_launch_args(parser, launch_args)
+        check_rest(parser, launch_args)
         check_script_args(script_args, model_args, dataset_args)
     except (ValueError, TypeError, FileNotFoundError) as error:
         parser.exit(2, f"trl-perce train: error: {error}\n")
@@ -148,10 +148,6 @@ def main(script_args, training_args, model_args, dataset_args):
             # and holds the GIL, came first, both would wait forever (torch 2.13): let the thread go ahead.
             time.sleep(1)
     return trainer
-
-
-def _check_launch_args(parser, launch_args: list[str]) -> None:
-    check_known(parser, {arg.split("=")[0].lstrip("-") for arg in launch_args if arg.startswith("--")})
 
 
 def _is_one_process() -> bool:
