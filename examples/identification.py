@@ -227,8 +227,7 @@ def main(arguments: list[str] | None = None) -> dict:
     from trl_perce import PerContrast
 
     loading = time.time()
-    # No autocast: the model computes in its own dtype, on a CPU too
-    scores = PerContrast(model, bf16=False).score(rows)
+    scores = PerContrast(model).score(rows)
     scored = time.time() - loading
     tokens = [answer_tokens(row, row_scores) for row, row_scores in zip(rows, scores, strict=True)]
     pir, actual = (np.concatenate([getattr(row, name) for row in tokens]) for name in ("pir", "is_personal"))

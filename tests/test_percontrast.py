@@ -329,6 +329,11 @@ def test_bad_configuration(tiny_model, scorer):
         PerContrast(scorer.model, scorer.tokenizer, scorer.args, bf16=False)
 
 
+def test_defaults_work_without_a_gpu(tiny_model):
+    scorer = PerContrast(tiny_model)
+    assert scorer.args.use_cpu and scorer.args.bf16 and len(scorer.score(CONVERSATION).pir) > 5
+
+
 # ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

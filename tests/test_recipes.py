@@ -9,6 +9,7 @@ from peft import LoraConfig
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from trl_perce import PerCEConfig
+from trl_perce.cli import score
 from trl_perce.cli.common import check_config_keys
 from trl_perce.cli.train import make_parser
 from trl_perce.persona import mark_persona
@@ -48,6 +49,16 @@ def parsed(name):
     )
     assert of_config == of_command_line == []
     return configs[:3]
+
+
+def test_scoring_takes_a_recipe_as_it_is(name, parsed):
+    path, (_, training_args, model_args) = str(RECIPES / name), parsed
+    _, args, own_model_args, _, rest = score.make_parser().parse_args_and_config(
+        ["--config", path], return_remaining_strings=True
+    )
+    assert rest == [] and own_model_args == model_args
+    for field in ("max_length", "counterfactual", "weight_clip_min", "weight_clip_max", "bf16", "truncate_persona"):
+        assert getattr(args, field) == getattr(training_args, field)
 
 
 def load(name: str) -> dict:
