@@ -64,7 +64,7 @@ def test_scores_at_evaluations_and_checkpoints(make_args, tokenizer, tmp_path):
     assert logs[0]["percontrast/pir_mean"] != logs[-1]["percontrast/pir_mean"]
 
     page = (tmp_path / "run" / "checkpoint-4" / "percontrast.html").read_text(encoding="utf-8")
-    assert "step 4" in page
+    assert "rows of the evaluation at step 4" in page
     (tensorboard,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback))
     events = EventAccumulator(tensorboard.logging_dir, {"tensors": 0}).Reload()
     steps = [event.step for event in events.Tensors("percontrast/text_summary")]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import trl_perce.trainer
 from conftest import CHATML, GENERATION, TINY_CONFIGS, make_tiny_model
 from reference import make_rows, reference, response_log_probs
-from trl_perce import PerCETrainer, PerContrast, PerContrastConfig, PersonaError, TokenScores
+from trl_perce import PerCEConfig, PerCETrainer, PerContrast, PerContrastConfig, PersonaError, TokenScores
 from trl_perce.benchmarks.persona_qa import load_rows
 from trl_perce.loading import find_adapter, load_model
 from trl_perce.persona import describe, mark_persona, swap_persona, text_and_offsets
@@ -327,6 +327,8 @@ def test_bad_configuration(tiny_model, scorer):
             PerContrast(tiny_model, **OPTIONS, **options)
     with pytest.raises(TypeError, match="not both"):
         PerContrast(scorer.model, scorer.tokenizer, scorer.args, bf16=False)
+    with pytest.raises(TypeError, match="must be a `PerContrastConfig`, got a `PerCEConfig`"):
+        PerContrast(scorer.model, scorer.tokenizer, PerCEConfig(use_cpu=True, bf16=False))
 
 
 def test_defaults_work_without_a_gpu(tiny_model):

@@ -33,13 +33,15 @@ def train(config, folder, *arguments, **env):
     return run("trl-perce", "train", "--config", config, "--output_dir", str(folder), *arguments, timeout=240, **env)
 
 
-def train_on_two(config, folder, *arguments, strategy="ddp"):
-    """With half the batch on each process."""
+def two_processes(strategy: str) -> tuple[list[str], dict[str, str]]:
+    """Arguments of `accelerate launch` behind the configuration file, and the environment."""
+    if strategy.startswith("deepspeed") and not (DEEPSPEED.is_dir() and shutil.which("g++")):
+        pytest.skip(
+            f"DeepSpeed is not in {DEEPSPEED} (`make test` puts it there), or there is no g++ to build its CPU part"
+        )
     with socket.socket() as free:
         free.bind(("", 0))
         port = str(free.getsockname()[1])
-    launch = ["--accelerate_config", str(ROOT / "recipes" / "accelerate_configs" / f"{strategy}.yaml")]
-    launch += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", port]
     if strategy == "ddp":
         env = {"ACCELERATE_USE_CPU": "true"}
     else:
@@ -47,7 +49,17 @@ def train_on_two(config, folder, *arguments, strategy="ddp"):
         env = {"PYTHONPATH": ":".join(str(folder) for folder in folders if str(folder))}
         env |= {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(ROOT / ".cache" / "torch_extensions")}
         env |= {"PATH": f"{DEEPSPEED / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    return train(config, folder, "--per_device_train_batch_size", "2", *arguments, *launch, **env)
+    return [
+        str(ROOT / "recipes" / "accelerate_configs" / f"{strategy}.yaml"),
+        *("--num_processes", "2", "--mixed_precision", "no", "--main_process_port", port),
+    ], env
+
+
+def train_on_two(config, folder, *arguments, strategy="ddp"):
+    """With half the batch on each process."""
+    launch, env = two_processes(strategy)
+    batch = ["--per_device_train_batch_size", "2"]
+    return train(config, folder, *batch, *arguments, "--accelerate_config", *launch, **env)
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +97,6 @@ def history(folder, step):
 
 @pytest.mark.parametrize("strategy", LEFT_BEHIND)
 def test_two_processes_give_the_loss_the_metrics_and_the_adapter_of_one(tmp_path, on_one, strategy):
-    if strategy.startswith("deepspeed") and not (DEEPSPEED.is_dir() and shutil.which("g++")):
-        pytest.skip(
-            f"DeepSpeed is not in {DEEPSPEED} (`make test` puts it there), or there is no g++ to build its CPU part"
-        )
     config, one = on_one
     two = tmp_path / "two"
     train_on_two(config, two, strategy=strategy)
@@ -135,3 +143,19 @@ def test_two_processes_resume_on_one_and_back(tmp_path, make_config):
         for name in ("loss", "pir/mean", "counterfactual/token_ratio"):
             assert other.get(name) == pytest.approx(log.get(name), rel=1e-4), name
         assert (log["counterfactual/token_ratio"] > 0) == (log["epoch"] <= 1)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_zero3"])
+def test_the_callback_scores_a_model_in_parts(tmp_path, make_config, strategy):
+    config = make_config(eval_strategy="epoch")
+    arguments = [str(ROOT / "tests" / "train_with_callback.py"), "--config", config, "--per_device_train_batch_size"]
+    run("python", *arguments, "4", "--output_dir", str(tmp_path / "one"))
+    launch, env = two_processes(strategy)
+    launch = ["launch", "--config_file", *launch]
+    run("accelerate", *launch, *arguments, "2", "--output_dir", str(tmp_path / "two"), timeout=240, **env)
+    one, two = (json.loads((tmp_path / name / "percontrast.json").read_text()) for name in ("one", "two"))
+    assert [log["step"] for log in one] == [log["step"] for log in two] == [0, 2, 4]
+    assert one[0]["percontrast/pir_mean"] != pytest.approx(one[-1]["percontrast/pir_mean"], abs=1e-4)
+    for log, other in zip(one, two, strict=True):
+        assert other["percontrast/pir_mean"] == pytest.approx(log["percontrast/pir_mean"], abs=1e-4)
+    assert (tmp_path / "two" / "checkpoint-4" / "percontrast.html").is_file()

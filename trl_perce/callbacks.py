@@ -88,7 +88,7 @@ class PerContrastCallback(TrainerCallback):
             settings = {
                 "model": self.trainer.model.config.name_or_path,
                 "adapter": None,
-                "dataset": f"step {state.global_step}",
+                "dataset": f"rows of the evaluation at step {state.global_step}",
                 **{name: getattr(args, name) for name in ("counterfactual", "weight_clip_min", "weight_clip_max")},
             }
             write_html(self._scores, os.path.join(folder, "percontrast.html"), settings)

@@ -172,15 +172,20 @@ def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, chat
             return
 
 
-def describe_row(example: dict[str, Any], index: int, text_field: str) -> dict[str, Any]:
+def describe_rows(dataset, name: str, args):
     """
-    What to remember of a row from [`mark_dataset`] beyond its tokens: its index and, unless it is tokenized already, its
-    persona and its query as texts ([`~trl_perce.persona.describe`]).
+    Remember of each row what is to be shown of it beyond its tokens.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): From [`mark_dataset`].
+        name (`str`): What to call it in messages.
+        args ([`PerCEConfig`]): Gives the text column.
+
+    Returns:
+        The dataset with the columns `_row`, the row's index, and `_persona` and `_query`
+        ([`~trl_perce.persona.describe`]; `None` where the row came tokenized).
     """
-    persona, query = None, None
-    if "input_ids" not in example:
-        persona, query = describe(example, _spans(example), text_field)
-    return {"_row": index, "_persona": persona, "_query": query}
+    return _map(dataset, _describe_row, args, f"Describing {name} dataset", {"text_field": args.dataset_text_field})
 
 
 def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, chat_template: str | None, args):
@@ -376,6 +381,13 @@ def _mark_row(example, index, version, name, formatting_func, text_field, start_
     # The row itself: what was not read of it passes on as it is
     example[SPANS_COLUMN] = json.dumps(spans)
     return example
+
+
+def _describe_row(example, index, version, text_field) -> dict[str, Any]:
+    persona, query = None, None
+    if "input_ids" not in example:
+        persona, query = describe(example, _spans(example), text_field)
+    return {"_row": index, "_persona": persona, "_query": query}
 
 
 def _mask_row(

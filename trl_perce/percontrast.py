@@ -76,7 +76,7 @@ class PerContrast:
             Fields of [`PerContrastConfig`], such as `counterfactual="swap"`.
 
     Raises:
-        `TypeError`: Both `args` and `config` are given, or `config` has an unknown field.
+        `TypeError`: Both `args` and `config` are given, `args` is of another class, or `config` has an unknown field.
         `ValueError`: A value of `config` is out of its range.
     """
 
@@ -89,6 +89,8 @@ class PerContrast:
     ):
         if args is not None and config:
             raise TypeError(f"Pass `args` or {', '.join(map(repr, config))}, not both.")
+        if not isinstance(args, PerContrastConfig | None):
+            raise TypeError(f"`args` must be a `PerContrastConfig`, got a `{type(args).__name__}`.")
         self.args = PerContrastConfig(**config) if args is None else args
         if isinstance(model, str):
             base, adapter = find_adapter(model)
@@ -315,9 +317,8 @@ def _find_other_personas(rows: list[dict[str, Any]], earlier: list[list[list[int
 
 def _to_dataset(rows: Iterable[dict[str, Any]]) -> Dataset:
     rows = [*rows]
-    columns = dict.fromkeys(
-        column for row in rows for column in row
-    )  # `Dataset.from_list` takes those of the first row
+    # `Dataset.from_list` takes the columns of the first row alone
+    columns = dict.fromkeys(column for row in rows for column in row)
     return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
 
 

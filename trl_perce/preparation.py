@@ -25,7 +25,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 
 from .checks import chat_template
 from .config import PerCEConfig, copy_config
-from .dataset import check_rendering, count_personas, describe_row, mark_dataset, tokenize_with_mask
+from .dataset import check_rendering, count_personas, describe_rows, mark_dataset, tokenize_with_mask
 
 
 # Rows that are read, and sorted by length, together
@@ -127,7 +127,7 @@ class Preparation:
             count_personas(dataset, name, args, required=True)
         check_rendering(dataset, name, self.tokenizer, self.chat_template, args.dataset_text_field)
         dataset = dataset.map(note, with_indices=True) if streaming else dataset
-        dataset = dataset.map(describe_row, with_indices=True, fn_kwargs={"text_field": args.dataset_text_field})
+        dataset = describe_rows(dataset, name, args)
 
         completion_only_loss = args.completion_only_loss
         if completion_only_loss is None:
