@@ -71,6 +71,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--split", choices=["all", "train", "test"], default="all", help="210, 159 or 51 rows (default all)"
     )
+    parser.add_argument(
+        "--counterfactual", choices=["drop", "mask", "swap"], default="drop", help="what PIR compares with (default drop)"
+    )
     parser.add_argument("--judge_base_url", help="endpoint of the judge, such as http://localhost:8000/v1")
     parser.add_argument("--judge_model", help="name of the judge as its server knows it")
     parser.add_argument("--judge_concurrency", type=int, default=4, help="requests at the same time (default 4)")
@@ -227,7 +230,7 @@ def main(arguments: list[str] | None = None) -> dict:
     from trl_perce import PerContrast
 
     loading = time.time()
-    scores = PerContrast(model).score(rows)
+    scores = PerContrast(model, counterfactual=args.counterfactual).score(rows)
     scored = time.time() - loading
     tokens = [answer_tokens(row, row_scores) for row, row_scores in zip(rows, scores, strict=True)]
     pir, actual = (np.concatenate([getattr(row, name) for row in tokens]) for name in ("pir", "is_personal"))
