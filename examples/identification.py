@@ -72,7 +72,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--split", choices=["all", "train", "test"], default="all", help="210, 159 or 51 rows (default all)"
     )
     parser.add_argument(
-        "--counterfactual", choices=["drop", "mask", "swap"], default="drop", help="what PIR compares with (default drop)"
+        "--counterfactual",
+        choices=["drop", "mask", "swap"],
+        default="drop",
+        help="what PIR compares with (default drop)",
     )
     parser.add_argument("--judge_base_url", help="endpoint of the judge, such as http://localhost:8000/v1")
     parser.add_argument("--judge_model", help="name of the judge as its server knows it")

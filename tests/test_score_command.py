@@ -197,6 +197,7 @@ def test_rows_are_whole_or_not_there(tmp_path):
     [
         (["--dataset_split", "test"], "no split 'test'; it has 'train'"),
         (["--max_rows", "0"], "`max_rows` is 0"),
+        (["--png_rows", "0"], "`png_rows` is 0"),
         (["--adaptr", "x"], "Did you mean `adapter`"),
         (["--num_processes", "2"], "unknown key or argument `num_processes`"),
         (["--adapter", "/tmp"], "no 'adapter_config.json' in '/tmp'"),

@@ -21,7 +21,7 @@ import numpy as np
 
 
 # Letters and digits; apostrophes and hyphens inside of a word belong to it
-_WORD = re.compile(r"\w+(?:['’‐‑-]\w+)*")
+WORD = re.compile(r"\w+(?:['’‐‑-]\w+)*")
 
 
 @dataclass
@@ -115,7 +115,7 @@ class TokenScores:
             if is_special:
                 text[start:end] = " " * (end - start)
         words, token = [], 0
-        for match in _WORD.finditer("".join(text)):
+        for match in WORD.finditer("".join(text)):
             start, end = match.span()
             while token < len(self.offsets) and (self.offsets[token][1] <= start or self.is_special[token]):
                 token += 1

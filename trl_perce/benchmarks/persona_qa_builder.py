@@ -16,7 +16,6 @@ Appendix D.2: question, answer and keywords are generated for each persona; the 
 """
 
 import json
-import os
 import random
 import re
 from collections import Counter
@@ -25,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from ..endpoint import Endpoint
+from ..files import written_whole
+from ..scores import WORD
 from .persona_qa import PROMPT, find_word
 
 
@@ -108,7 +109,7 @@ def read_personas(source: str | Path, split: str = "train") -> list[str]:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             try:
                 found += _personas_of(json.loads(line))
-            except ValueError as error:
+            except (ValueError, AttributeError) as error:
                 raise ValueError(f"{source}, line {number} is no JSON object: {error}") from error
     elif path.exists():
         raise ValueError(f"{source}: personas come from a .txt file, a .jsonl file or a dataset of the Hub.")
@@ -226,7 +227,7 @@ def check_item(item: dict[str, Any]) -> tuple[str, str, list[str]]:
         raise RejectedItem(f"answer not of {MIN_WORDS} to {MAX_WORDS} words")
     spans = set()
     for keyword in keywords:
-        if not isinstance(keyword, str) or not re.fullmatch(r"\w+(?:['’‐‑-]\w+)*", keyword.strip()):
+        if not isinstance(keyword, str) or not WORD.fullmatch(keyword.strip()):
             raise RejectedItem("keyword is no single word")
         found = find_word(keyword.strip(), answer, re.IGNORECASE)
         if not found:
@@ -241,8 +242,5 @@ def check_item(item: dict[str, Any]) -> tuple[str, str, list[str]]:
 
 def write_rows(path: str | Path, rows: list[dict[str, Any]]) -> None:
     """Write JSON lines, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(unfinished, path)
+    with written_whole(path) as part:
+        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -106,7 +106,7 @@ def run(argv: list[str]) -> int:
         )
         check_rest(parser, unknown, launch=False)
         check_script_args(script_args, model_args, dataset_args)
-        if not any(arg.split("=")[0] == "--output_dir" for arg in argv):
+        if not any(arg.split("=")[0].replace("-", "_") == "__output_dir" for arg in argv):
             args.output_dir = f"{args.output_dir.rstrip('/')}-scores"  # a recipe's is that of the training
         run = ScoreRun(script_args, args, model_args, dataset_args)
     except (ValueError, TypeError, OSError) as error:  # `OSError`: there is no such file, or model
@@ -139,6 +139,10 @@ class ScoreRun:
         from trl_perce.score_file import ScoreFile, remove_scores
 
         self.script_args, self.args, self.model_args = script_args, args, model_args
+        for name in ("max_rows", "heatmap_rows", "png_rows"):
+            value = getattr(script_args, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}. Write a positive number of rows, or leave it out.")
         args.model_init_kwargs = model_init_kwargs(model_args, args)
         dataset, split = self._load_split(dataset_args)
         self.base, self.adapter = find_adapter(model_args.model_name_or_path, script_args.adapter)
@@ -169,8 +173,6 @@ class ScoreRun:
                 f"The dataset has no split {split!r}; it has {', '.join(map(repr, splits))}. Set `dataset_split`."
             )
         dataset, rows = splits[split], self.script_args.max_rows
-        if rows is not None and rows < 1:
-            raise ValueError(f"`max_rows` is {rows}. Write a positive number of rows, or leave it out.")
         return (dataset if rows is None else dataset.take(rows)), split
 
     def score(self) -> None:
