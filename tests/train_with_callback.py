@@ -7,7 +7,7 @@ from trl import get_peft_config
 
 from trl_perce import PerCETrainer, PerContrastCallback
 from trl_perce.cli.common import load_data
-from trl_perce.cli.train import make_parser
+from trl_perce.cli.train import end, make_parser
 
 
 script_args, args, model_args, dataset_args = make_parser().parse_args_and_config()
@@ -25,4 +25,4 @@ if trainer.is_world_process_zero():
     logs = [log for log in trainer.state.log_history if "percontrast/pir_mean" in log]
     with open(os.path.join(args.output_dir, "percontrast.json"), "w") as file:
         json.dump(logs, file)
-trainer.accelerator.end_training()
+end(trainer)

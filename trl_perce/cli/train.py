@@ -97,8 +97,6 @@ def main(script_args, training_args, model_args, dataset_args):
     Returns:
         [`PerCETrainer`]: The trainer, done and saved.
     """
-    import transformers
-    from packaging.version import Version
     from transformers.trainer_utils import get_last_checkpoint
     from trl import get_peft_config, get_quantization_config
 
@@ -141,13 +139,21 @@ def main(script_args, training_args, model_args, dataset_args):
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
+    end(trainer)
+    return trainer
+
+
+def end(trainer) -> None:
+    """Finish the trackers and the process group of a trainer, the last thing that a process does with it."""
+    import transformers
+    from packaging.version import Version
+
     if Version(transformers.__version__) >= Version("5.18.0"):
-        trainer.end()  # finishes the trackers and the process group
+        trainer.end()
         if trainer.accelerator.num_processes > 1:
             # Gloo's thread needs the GIL to drop its last tensors. If the group's destructor, which waits for that thread
             # and holds the GIL, came first, both would wait forever (torch 2.13): let the thread go ahead.
             time.sleep(1)
-    return trainer
 
 
 def _is_one_process() -> bool:
