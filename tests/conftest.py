@@ -1,9 +1,14 @@
+# ruff: noqa: E402
+import logging
 import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# On import it warns of a Hub kernel that is not there, which would come behind pytest's closing line
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import sys
 from pathlib import Path
