@@ -560,5 +560,10 @@ def test_terminal_colours_are_those_of_the_picture(rows):
     assert "[bold]b[/bold]" in text.replace("\x1b[0m", "")
 
 
+def test_white_space_at_the_end_leaves_no_empty_line():
+    text = printed([make_scores(0, ["Buy", " linen", ".", "<|im_end|>", "\n"], [0.2, 4.0, 0.0, 0.1, 0.3])])
+    assert "Buy [linen +4.0].<|im_end|>\n\n[…]" in text
+
+
 def test_terminal_without_rows_to_show(rows):
     assert heatmap.NOTHING_TO_DRAW in printed(rows[2:4])

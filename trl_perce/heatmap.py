@@ -319,10 +319,13 @@ def summary(scores: TokenScores) -> str:
 def pieces_of(scores: TokenScores) -> Iterator[tuple[str, Unit | None]]:
     """
     The response cut into texts, each with its unit, or `None` for the white space around a unit, which is not coloured.
-    What lies beyond the characters that a picture has room for is left out, with a last text that says so.
+    What lies beyond the characters that a picture has room for is left out, with a last text that says so. White space at the
+    end, which chat templates leave there, is left out too.
     """
-    end = 0
+    end, size = 0, len(scores.response.rstrip())
     for unit in units_of(scores):
+        if unit.start >= size:
+            return
         if unit.start >= MAX_RESPONSE:
             yield f"… (cut: {end:,} of {len(scores.response):,} characters)", None
             return
@@ -334,7 +337,7 @@ def pieces_of(scores: TokenScores) -> Iterator[tuple[str, Unit | None]]:
             yield core, unit
             yield text[before + len(core) :], None
         end = unit.end
-    yield printable(scores.response[end:]), None
+    yield printable(scores.response[end:size]), None
 
 
 def _style(pir: float) -> str:
