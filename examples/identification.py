@@ -26,7 +26,6 @@ there too, so that a run that was killed does not ask twice.
 import argparse
 import json
 import logging
-import os
 import time
 from pathlib import Path
 
@@ -51,6 +50,7 @@ from trl_perce.benchmarks.persona_qa import (
     precision_recall_f1,
 )
 from trl_perce.endpoint import Endpoint
+from trl_perce.files import written_whole
 
 
 matplotlib.use("Agg")
@@ -202,10 +202,9 @@ def plot_ranges(path: Path, results: dict) -> None:
 
 
 def save(figure, path: Path) -> None:
-    unfinished = path.with_name(path.name + ".unfinished")
-    figure.savefig(unfinished, dpi=150, format="png")
+    with written_whole(path) as part:
+        figure.savefig(part, dpi=150, format="png")
     plt.close(figure)
-    os.replace(unfinished, path)
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -281,9 +280,8 @@ def main(arguments: list[str] | None = None) -> dict:
         "ranges": accuracy_by_pir(pir, actual, threshold=THRESHOLD),
     }
     print_tables(console, results)
-    unfinished = args.output_dir / "results.json.unfinished"
-    unfinished.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, args.output_dir / "results.json")
+    with written_whole(args.output_dir / "results.json") as part:
+        part.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     plot_precision_recall(args.output_dir / "precision_recall.png", results, (precision, recall))
     plot_ranges(args.output_dir / "right_by_pir.png", results)
     console.print(f"{args.output_dir}: results.json, precision_recall.png, right_by_pir.png")

@@ -26,10 +26,11 @@ words. A line of `chats` is a conversation, `{"user_2_persona": [sentence, …],
 
 import argparse
 import json
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+
+from trl_perce.files import written_whole
 
 
 def leave_one_out(items: list[dict], entries: int, rows: int, rng: random.Random) -> Iterator[tuple[dict, list[dict]]]:
@@ -100,13 +101,12 @@ def main() -> None:
     args = parser.parse_args()
 
     to_rows = {"reviews": review_rows, "posts": post_rows, "chats": chat_rows}[args.kind]
-    args.output.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
         rng, kept, left_out = random.Random(args.seed), 0, 0
-        unfinished = args.output / f"{split}.jsonl.unfinished"
         with (
             open(args.source / f"{split}.jsonl", encoding="utf-8") as source,
-            open(unfinished, "w", encoding="utf-8") as out,
+            written_whole(args.output / f"{split}.jsonl") as part,
+            open(part, "w", encoding="utf-8") as out,
         ):
             for line in source:
                 for row in to_rows(json.loads(line), args.entries, args.rows, rng):
@@ -116,7 +116,6 @@ def main() -> None:
                         continue
                     out.write(json.dumps(row, ensure_ascii=False) + "\n")
                     kept += 1
-        os.replace(unfinished, args.output / f"{split}.jsonl")
         print(
             f"{args.output / split}.jsonl: {kept} rows; left out {left_out} (no persona, or a response that is empty or "
             f"longer than {args.max_words} words)"

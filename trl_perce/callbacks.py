@@ -101,7 +101,6 @@ class PerContrastCallback(TrainerCallback):
         self._scorer.model = trainer.model_wrapped
         self._scores = sorted(self._scorer.iterate(self._prepared), key=lambda scores: scores.row)
         self._scored_at = step
-        shares = [(scores.row, *_mean_pir_and_share(scores.pir, scores.is_personal)) for scores in self._scores]
         pir, is_personal = (
             np.concatenate([getattr(scores, name) for scores in self._scores]) for name in ("pir", "is_personal")
         )
@@ -109,9 +108,10 @@ class PerContrastCallback(TrainerCallback):
         # Not `trainer.log`, which would also log, and forget, what training has gathered since its last log
         Trainer.log(trainer, {"percontrast/pir_mean": mean, "percontrast/personal_fraction": share})
         if trainer.is_world_process_zero():
-            for scores, (row, mean, share) in zip(self._scores, shares, strict=True):
+            for scores in self._scores:
                 words = " ".join(word.text for word in scores.words if word.is_personal)
-                self._table.append([step, row, scores.response, mean, share, words])
+                own = _mean_pir_and_share(scores.pir, scores.is_personal)
+                self._table.append([step, scores.row, scores.response, *own, words])
             self._log_table(step)
 
     def _log_table(self, step: int) -> None:

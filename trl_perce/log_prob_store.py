@@ -21,6 +21,8 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 
+from .files import written_whole
+
 
 _FILE = "counterfactual_log_probs_{}.safetensors"
 
@@ -86,8 +88,8 @@ class LogProbStore:
             "lengths": torch.tensor([len(value) for value in values], dtype=torch.int64),
             "log_probs": torch.cat(values) if values else torch.empty(0),
         }
-        save_file(tensors, path + ".part")
-        os.replace(path + ".part", path)
+        with written_whole(path) as part:
+            save_file(tensors, part)
 
     def load(self, folder: str) -> int:
         """

@@ -190,7 +190,6 @@ class PerContrast:
         it predicts it too.
         """
         input_ids, labels, persona_mask = (np.array(row[key]) for key in ("input_ids", "labels", "persona_mask"))
-        labels[0] = -100  # nothing stands before the first token
         batch = self._collator([{"input_ids": input_ids, "labels": labels, "persona_mask": persona_mask}])
         paired = batch["has_counterfactual"][0].numpy()
         without = next(iter(batch["counterfactual_rows"]), None)
@@ -222,9 +221,7 @@ class PerContrast:
     ) -> TokenScores:
         mask, ids = np.array(row["persona_mask"]), np.array(row["input_ids"])
         persona, query = row["_persona"], row["_query"]
-        labels = np.array(row["labels"])
-        labels[0] = -100
-        trained = labels != -100
+        trained = _is_scored(row)
         if persona is None:  # the row came tokenized
             context = (mask == 0) & ~trained & (np.arange(len(ids)) < trained.argmax())
             persona = self.tokenizer.decode(ids[mask == 1])
@@ -249,7 +246,7 @@ class PerContrast:
             weights=weights.numpy(),
             is_personal=(pir > self.args.personal_threshold).numpy(),
             threshold=self.args.personal_threshold,
-            num_tokens=len(labels),
+            num_tokens=len(mask),
             num_counterfactual_tokens=num_counterfactual_tokens,
             num_persona_tokens=int(mask.sum()),
         )
@@ -287,8 +284,7 @@ def _in_order(scores: Iterable[TokenScores]) -> Iterator[TokenScores]:
 
 
 def _is_scored(row: dict[str, Any]) -> np.ndarray:
-    """The tokens that are trained, but for a first one, which nothing predicts."""
-    return np.array(row["labels"][1:]) != -100
+    return np.array(row["labels"]) != -100
 
 
 def _find_other_personas(rows: list[dict[str, Any]], earlier: list[list[list[int]]]) -> list[list[list[int]]]:

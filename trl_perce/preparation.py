@@ -57,10 +57,15 @@ class PreparedRows:
         return self.read[0] if isinstance(self.dataset, Dataset) else None
 
     def blocks(self) -> Iterator[tuple[list[dict[str, Any]], dict[int, str]]]:
-        """Yield the rows in order, 1,000 at a time, with the indices of those that were left out before and among them."""
+        """
+        Yield the rows in order, 1,000 at a time, with the indices of those that were left out before and among them. The label
+        of a first token is `-100`.
+        """
         expected = 0
         for columns in self.dataset.select_columns(_COLUMNS).iter(BLOCK):
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            for row in rows:
+                row["labels"][:1] = [-100][: len(row["labels"])]  # nothing stands before the first token to predict it
             present = {row["_row"] for row in rows}
             yield rows, self._reasons(index for index in range(expected, max(present)) if index not in present)
             expected = max(present) + 1

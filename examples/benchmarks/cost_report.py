@@ -17,6 +17,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from trl_perce.files import written_whole
+
 
 COLORS = {"sft": "#6b6b6b", "lossce": "#7570b3", "drop": "#1f77b4", "mask": "#d95f02", "refresh3": "#1b9e77"}
 NAMES = {
@@ -157,9 +159,8 @@ def plot(report: dict, folder: Path) -> list[Path]:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
         figure.suptitle(f"{model}, {quantization}: {cells[-1]['environment']['device']}", fontsize=11)
         paths.append(folder / f"step_cost_{model}_{quantization}.png")
-        unfinished = paths[-1].with_suffix(".unfinished.png")
-        figure.savefig(unfinished, dpi=150)
-        unfinished.replace(paths[-1])
+        with written_whole(paths[-1]) as part:
+            figure.savefig(part, dpi=150, format="png")
     return paths
 
 

@@ -32,7 +32,6 @@ import importlib.metadata
 import itertools
 import json
 import logging
-import os
 import re
 import shlex
 import statistics
@@ -52,6 +51,7 @@ from flops import Row, step_ratio_floor
 from largest import largest_that_fits
 from measure import VARIANTS, Run, train
 from shapes import CONFIGS, LORA_RANK, build_model
+from trl_perce.files import written_whole
 
 
 # LongLaMP's mean prompt lengths with and without persona, in tokens of Qwen3 (Table 6 of the paper)
@@ -272,9 +272,8 @@ def measured_before(entries: list[dict], settings: dict) -> bool:
 
 def write(path: Path, text: str) -> None:
     """The whole file or none."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def measure_all(args: argparse.Namespace) -> None:
