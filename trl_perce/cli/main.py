@@ -13,11 +13,11 @@
 import argparse
 import sys
 
-from . import score, train
+from . import reproduce, score, train
 
 
 # One module a command, with `HELP` and `run(argv)`
-COMMANDS = {"train": train, "score": score}
+COMMANDS = {"train": train, "score": score, "reproduce": reproduce}
 
 
 def main(argv: list[str] | None = None) -> int:
