@@ -16,8 +16,10 @@ import hashlib
 import json
 import logging
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,6 +80,26 @@ def read_object(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def find_file(path: str | Path, names: Iterable[str]) -> Path:
+    """
+    The file that is meant by a path.
+
+    Args:
+        path (`str` or `Path`): The file itself, or a folder that holds it.
+        names (`Iterable[str]`): What the file may be called in a folder, in order of preference; also with folders before it.
+
+    Raises:
+        `FileNotFoundError`: There is no such path, or the folder holds none of the names. The message lists them.
+    """
+    path, names = Path(path), list(names)
+    if path.is_dir():
+        found = [path / name for name in names if (path / name).is_file()]
+        if not found:
+            raise FileNotFoundError(f"The folder {path} holds none of {', '.join(names)}.")
+        return found[0]
+    return _existing(path)
+
+
 def take(record: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
     """
     A value of a record, checked.
@@ -102,6 +124,47 @@ def take(record: dict[str, Any], key: str, kind: type | tuple[type, ...], where:
             f"{where}: {key!r} is {_shown(value)}. It must be a {' or '.join(k.__name__ for k in kinds)}."
         )
     return value
+
+
+def take_choice(value: Any, name: str, choices: Iterable[T]) -> T:
+    """
+    Raises:
+        `ValueError`: The value is none of the choices. The message names the argument and the choices.
+    """
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}. Choose one of {', '.join(map(repr, choices))}.")
+    return value
+
+
+def to_days(value: int | float | str, where: str) -> float:
+    """
+    A date as a number of days, to order by. A year or a month counts as its first day.
+
+    Args:
+        value (`int`, `float` or `str`): A year (`2012`), `2012-05`, `2012-05-31`, a date with a time in ISO 8601 (UTC if it says
+            nothing else), or seconds since 1970 (a number of five or more digits).
+        where (`str`): File and row, for the message.
+
+    Returns:
+        `float`: Days since the start of year 1.
+
+    Raises:
+        `ValueError`: It is none of these.
+    """
+    if isinstance(value, int | float) and abs(value) >= 10_000:
+        return datetime(1970, 1, 1).toordinal() + value / 86_400
+    text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+    parts = re.fullmatch(r"(\d{4})(?:-(\d{1,2}))?(?:-(\d{1,2}))?", text)
+    try:
+        moment = datetime(*(int(part or 1) for part in parts.groups())) if parts else datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(
+            f"{where}: {value!r} is no date. Write 2012, 2012-05, 2012-05-31 or seconds since 1970."
+        ) from None
+    if moment.tzinfo is not None:
+        moment = moment.astimezone(UTC)
+    return moment.toordinal() + (moment.hour * 3600 + moment.minute * 60 + moment.second) / 86_400
 
 
 def check_unique(ids: Iterable[str], where: str) -> None:
@@ -139,7 +202,7 @@ def sample(items: Sequence[T], num: int | None, seed: int) -> list[T]:
         seed (`int`): The same seed and number of items give the same sample everywhere.
 
     Raises:
-        `ValueError`: `num` is below 1.
+        `ValueError`: `num` is no positive number.
     """
     _check_num(num)
     return [items[index] for index in sorted(random_order(len(items), seed)[:num])]
@@ -190,7 +253,7 @@ def draw_rows(
         `list`: The rows, in the order of the source.
 
     Raises:
-        `ValueError`: No row is usable, or `num_rows` is below 1.
+        `ValueError`: No row is usable, or `num_rows` is no positive number.
     """
     _check_num(num_rows)
     drawn: dict[int, T] = {}
@@ -215,8 +278,8 @@ def ids_hash(ids: Iterable[str]) -> str:
 
 
 def _check_num(num: int | None) -> None:
-    if num is not None and num < 1:
-        raise ValueError(f"The number of rows to sample is {num}. Write a positive number, or `None` for all rows.")
+    if num is not None and (not isinstance(num, int) or num < 1):
+        raise ValueError(f"The number of rows to draw is {num!r}. Write a positive number.")
 
 
 def _existing(path: str | Path) -> Path:
