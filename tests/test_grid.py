@@ -90,6 +90,18 @@ def test_cells_have_whole_comparisons_first(tmp_path):
     assert settings.tasks["chats"].options == {"path": "data", "format": "chats"}
 
 
+def test_a_file_extends_another(tmp_path):
+    write(tmp_path)
+    path = tmp_path / "more.yaml"
+    path.write_text("extends: grid.yaml\nlearning_rates: [1.0e-4, 3.0e-4]\n")
+    settings = load_settings(path, output_dir="elsewhere")
+    assert settings.learning_rates == [1e-4, 3e-4] and settings.output_dir == "elsewhere"
+    assert settings.seeds == GRID["seeds"] and list(settings.tasks) == list(GRID["tasks"])
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+        path.write_text("extends: nowhere.yaml")
+        load_settings(path)
+
+
 def test_what_a_run_is_evaluated_on(tmp_path):
     settings = load_settings(write(tmp_path))
     of_chats, of_posts = (Cell("tiny", task, "ce", 1e-3, (0.8, 5.0), 0) for task in ("chats", "posts"))

@@ -16,8 +16,7 @@ import gc
 import hashlib
 import importlib
 import json
-import shlex
-import subprocess
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -53,6 +52,8 @@ class Steps:
         sizes = {"train": task.train_rows, "validation": task.validation_rows, "test": task.test_rows}
         sizes = {split: rows for split, rows in sizes.items() if rows and (task.is_trained or split == "test")}
         options = {"benchmark": task.benchmark, **task.options, "rows": sizes, "retrieval": task.retrieval}
+        if task.test_split != "test":
+            options["test_split"] = task.test_split
         return Step(
             folder=self.folder / "data" / task.name,
             kind="data",
@@ -63,7 +64,8 @@ class Steps:
     def _write_rows(self, task: Task, split: str, num_rows: int) -> dict[str, Any]:
         """Load a split, retrieve, and write it as rows that `trl-perce train` and `evaluate` take."""
         benchmark = importlib.import_module(f"trl_perce.benchmarks.{task.benchmark}")
-        rows = benchmark.load(split=split, num_rows=num_rows, **task.options)
+        source = task.test_split if split == "test" else split
+        rows = benchmark.load(split=source, num_rows=num_rows, **task.options)
         if task.benchmark != "general_qa":
             retriever = Retriever(**task.retrieval, cache_dir=self.folder / "cache" / "retrieval")
             rows = to_examples(rows, retriever(rows))
@@ -89,9 +91,9 @@ class Steps:
         evaluates = {"eval_strategy": "epoch", "dataset_test_split": "validation"} if task.validation_rows else {}
         return {
             **{"eval_strategy": "no"},
-            **self.settings.models[cell.model],
             **evaluates,
             **self.settings.training,
+            **self.settings.models[cell.model],
             **self.settings.methods[cell.method],
             **{"learning_rate": cell.learning_rate, "seed": cell.seed},
             **{"weight_clip_min": cell.clip[0], "weight_clip_max": cell.clip[1]},
@@ -99,27 +101,41 @@ class Steps:
         }
 
     def _train(self, recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
-        path = folder / "train.yaml"
-        with written_whole(path) as part:
-            part.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-        arguments = ["--config", str(path)]
+        from ..cli import train
+
+        arguments = [argument for key, value in self.settings.launch.items() for argument in (f"--{key}", str(value))]
         if recipe.get("save_strategy", "steps") != "no":
             arguments += ["--resume_from_checkpoint", "true"]
-        with open(folder / "train.log", "a", buffering=1, encoding="utf-8") as log:
-            if self.settings.launcher:
-                command = [*shlex.split(self.settings.launcher), "-m", "trl_perce.cli.train", *arguments]
-                subprocess.run(command, stdout=log, stderr=log, check=True)
-            else:
-                with redirect_stdout(log), redirect_stderr(log):
-                    _train_here(arguments)
+        _run_command(train.run, recipe, folder / "train", arguments)
         return read_log(folder)
 
 
-def _train_here(arguments: list[str]) -> None:
-    from ..cli import train
+def _run_command(
+    run: Callable[[list[str]], int], config: dict[str, Any], path: Path, arguments: list[str] = ()
+) -> None:
+    """
+    Run one of our commands in this process, with a YAML file of its own, which is left beside its log.
 
-    train.main(*train.make_parser().parse_args_and_config(arguments))
-    gc.collect()  # the trainer is a cycle
+    Args:
+        run (`Callable[[list[str]], int]`): The command's `run`.
+        config (`dict[str, Any]`): Content of the YAML file.
+        path (`Path`): Of the file and of the log, without the suffixes `.yaml` and `.log`.
+        arguments (`list[str]`): Further arguments.
+
+    Raises:
+        `RuntimeError`: The command has not ended well; the message has the end of its log.
+    """
+    with written_whole(path.with_suffix(".yaml")) as part:
+        part.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    log_path = path.with_suffix(".log")
+    with open(log_path, "a", buffering=1, encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            code = run(["--config", str(path.with_suffix(".yaml")), *arguments])
+        except SystemExit as error:  # of its parser
+            code = error.code
+    gc.collect()  # a trainer is a cycle, which would hold its model
+    if code:
+        raise RuntimeError(f"{log_path} ends with: {log_path.read_text(encoding='utf-8')[-2000:]}")
 
 
 def read_log(folder: Path) -> dict[str, Any]:
