@@ -43,4 +43,6 @@ retrieved = Retriever("bm25", k=2)(rows)  # the entries that go best with each q
 dataset = Dataset.from_list(to_examples(rows, retrieved))
 dataset.to_json(folder / "rows" / "train.jsonl", force_ascii=False)
 print(json.dumps(dataset[0], indent=2))
-print(f"{len(dataset)} rows in {folder / 'rows'}: trl-perce score --model_name_or_path … --dataset_name {folder / 'rows'}")
+print(
+    f"{len(dataset)} rows in {folder / 'rows'}: trl-perce score --model_name_or_path … --dataset_name {folder / 'rows'}"
+)

@@ -50,7 +50,7 @@ class Task:
         test_split (`str`, *optional*, defaults to `"test"`): Split that they are taken from. LaMP's outputs are public for
             `"validation"` only.
         retrieval (`dict[str, Any]`): What [`~retrieval.Retriever`] takes.
-        generation (`dict[str, Any]`): Changes of the grid's `generation` for this task.
+        evaluation (`dict[str, Any]`): Changes of the grid's `evaluation` for this task.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Task:
     test_rows: int = 500
     test_split: str = "test"
     retrieval: dict[str, Any] = field(default_factory=dict)
-    generation: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_trained(self) -> bool:
@@ -101,11 +101,10 @@ class Settings:
         learning_rates (`list[float]`): Peak learning rates.
         clip_ranges (`list[tuple[float, float]]`): Bounds of the weights. CE has no weights and is trained once.
         training (`dict[str, Any]`): Arguments of `trl-perce train` for all runs.
-        generation (`dict[str, Any]`): Arguments of [`~evaluation.generate.GenerationArguments`] for all evaluations.
-        scoring (`dict[str, Any]`): Fields of [`PerContrastConfig`] for the log-likelihoods.
+        evaluation (`dict[str, Any]`): Arguments of `trl-perce evaluate` for all evaluations.
         transfer (`bool`): Whether adapters are evaluated on all tasks (Tables 3 and 8), or on their own and on those that nothing
             is trained on.
-        judge (`dict[str, Any]`): `base_url` and `model` of the judge's endpoint, and other arguments of [`Endpoint`].
+        judge (`dict[str, Any]`): `base_url` and `model` of a judge's endpoint, which rates predictions of rows with a persona.
         launch (`dict[str, Any]`): Arguments of `accelerate launch` for the training runs, such as `num_processes: 4` or
             `accelerate_config: recipes/accelerate_configs/fsdp2.yaml`. Without any, a run trains as `trl-perce train` does: on all
             devices that this process sees.
@@ -120,8 +119,7 @@ class Settings:
     learning_rates: list[float]
     clip_ranges: list[tuple[float, float]] = field(default_factory=lambda: [(0.8, 5.0)])
     training: dict[str, Any] = field(default_factory=dict)
-    generation: dict[str, Any] = field(default_factory=dict)
-    scoring: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
     transfer: bool = False
     judge: dict[str, Any] = field(default_factory=dict)
     launch: dict[str, Any] = field(default_factory=dict)
@@ -210,6 +208,8 @@ def _checked(loaded: dict[str, Any]) -> Settings:
             raise ValueError(
                 f"`learning_rates`: {rate!r} is not a positive number. YAML reads 1.0e-3, but 1e-3 as a text."
             )
+    if loaded.get("judge") and set(loaded["judge"]) != {"base_url", "model"}:
+        raise ValueError("`judge` must have `base_url` and `model`, and nothing else.")
     clips = loaded.get("clip_ranges", [(0.8, 5.0)])
     for clip in clips:
         if not isinstance(clip, list | tuple) or len(clip) != 2 or not 0 <= clip[0] <= clip[1]:

@@ -10,8 +10,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The steps of a grid: data, training, the untrained model's scores, evaluation."""
+"""
+The steps of a grid. Each is one of our commands, called in this process with a YAML file of its own, which stays in its folder:
 
+    data/<task>/                  train.jsonl, validation.jsonl, test.jsonl
+    untrained/<model>/<task>/     the model as it comes, evaluated; its scores say which tokens are personal
+    runs/<model>/<task>/<run>/    an adapter, trained; below it a folder for each task that it is evaluated on
+"""
+
+import dataclasses
 import gc
 import hashlib
 import importlib
@@ -30,23 +37,63 @@ from .grid import Step
 from .settings import Cell, Settings, Task
 
 
+# Arguments of training that neither the data nor the model of an evaluation depends on
+_EVALUATED = (
+    "max_length",
+    "truncate_persona",
+    "bf16",
+    "fp16",
+    "use_cpu",
+    "chat_template_path",
+    "eos_token",
+    "trust_remote_code",
+)
+
+
 class Steps:
     """
-    Makes the steps of a grid.
+    Makes the steps of a grid, each once.
 
     Args:
         settings ([`Settings`]): The grid.
+
+    Attributes:
+        data (`dict[str, Step]`): By task.
+        untrained (`dict[tuple[str, str], list[Step]]`): By model and task: its evaluation, and its judgement if there is a judge.
+        train (`dict[Cell, Step]`): By run.
+        evaluate (`dict[tuple[Cell, str], list[Step]]`): By run and task.
     """
 
     def __init__(self, settings: Settings):
         self.settings = settings
         self.folder = Path(settings.output_dir)
-        self.data = {
-            name: self._data_step(task) for name, task in settings.tasks.items() if task.benchmark not in ("aloe",)
+        tasks, cells = settings.tasks, settings.cells()
+        self.data = {name: self._data_step(task) for name, task in tasks.items() if task.benchmark != "aloe"}
+        self.untrained = {
+            (model, name): self._evaluations(model, task, self.folder / "untrained" / model / name)
+            for model in settings.models
+            for name, task in tasks.items()
+            if task.test_rows
+        }
+        self.train = {cell: self._train_step(cell) for cell in cells}
+        self.evaluate = {
+            (cell, name): self._evaluations(cell.model, tasks[name], self._run_folder(cell) / name, cell)
+            for cell in cells
+            for name in settings.evaluated_tasks(cell)
         }
 
-    def data_path(self, task: str, split: str) -> Path:
-        return self.folder / "data" / task / f"{split}.jsonl"
+    def all(self) -> list[Step]:
+        """All steps in the order in which they shall run: one run after the other, from training to its last evaluation."""
+        steps = [*self.data.values(), *(step for own in self.untrained.values() for step in own)]
+        for cell, train in self.train.items():
+            steps.append(train)
+            steps += [step for (of, _), own in self.evaluate.items() if of == cell for step in own]
+        return steps
+
+    def _run_folder(self, cell: Cell) -> Path:
+        return self.folder / "runs" / cell.name
+
+    # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _data_step(self, task: Task) -> Step:
         sizes = {"train": task.train_rows, "validation": task.validation_rows, "test": task.test_rows}
@@ -69,24 +116,28 @@ class Steps:
         if task.benchmark != "general_qa":
             retriever = Retriever(**task.retrieval, cache_dir=self.folder / "cache" / "retrieval")
             rows = to_examples(rows, retriever(rows))
-        path = self.data_path(task.name, split)
+        path = self._data_path(task) / f"{split}.jsonl"
         with written_whole(path) as part:
             part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         return {"rows": len(rows), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
-    def train(self, cell: Cell) -> Step:
-        """The step that trains a run: `trl-perce train` with the recipe `train.yaml`, which is left in its folder."""
-        folder = self.folder / "runs" / cell.name
-        recipe = self._recipe(cell, folder)
+    def _data_path(self, task: Task) -> Path:
+        return self.folder / "data" / task.name
+
+    # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _train_step(self, cell: Cell) -> Step:
+        folder, data = self._run_folder(cell), self.data[cell.task]
+        recipe = self._recipe(cell)
         return Step(
             folder=folder,
             kind="train",
-            settings={"recipe": recipe, "data": self.data[cell.task].settings},
+            settings={"recipe": recipe, "data": data.settings},
             run=lambda: self._train(recipe, folder),
-            needs=(self.data[cell.task],),
+            needs=(data,),
         )
 
-    def _recipe(self, cell: Cell, folder: Path) -> dict[str, Any]:
+    def _recipe(self, cell: Cell) -> dict[str, Any]:
         task = self.settings.tasks[cell.task]
         evaluates = {"eval_strategy": "epoch", "dataset_test_split": "validation"} if task.validation_rows else {}
         return {
@@ -97,7 +148,7 @@ class Steps:
             **self.settings.methods[cell.method],
             **{"learning_rate": cell.learning_rate, "seed": cell.seed},
             **{"weight_clip_min": cell.clip[0], "weight_clip_max": cell.clip[1]},
-            **{"dataset_name": str(self.folder / "data" / cell.task), "output_dir": str(folder)},
+            **{"dataset_name": str(self._data_path(task)), "output_dir": str(self._run_folder(cell))},
         }
 
     def _train(self, recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -108,6 +159,118 @@ class Steps:
             arguments += ["--resume_from_checkpoint", "true"]
         _run_command(train.run, recipe, folder / "train", arguments)
         return read_log(folder)
+
+    # ── evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _evaluations(self, model: str, task: Task, folder: Path, cell: Cell | None = None) -> list[Step]:
+        """The evaluation of a model, or of a run's adapter, on a task; and behind it a judge's, if there is one."""
+        source = self.settings.models[model]["model_name_or_path"] if cell is None else str(self._run_folder(cell))
+        needs = () if cell is None else (self.train[cell],)
+        common = self._model_arguments(model) | {"model_name_or_path": source}
+        if task.benchmark == "aloe":
+            return [self._aloe_step(common | task.options, folder, needs)]
+        config = common | self._evaluation_arguments(task)
+        if cell is not None and config.get("likelihood", True):
+            untrained = self.untrained[(model, task.name)][0]
+            needs += (untrained,)
+            config["reference_scores"] = str(untrained.folder / "scores")
+        step = Step(
+            folder=folder,
+            kind="evaluate",
+            settings={"config": config, "data": self.data[task.name].settings} | _trained_with(needs),
+            run=lambda: self._evaluate(config, folder, "evaluate", task),
+            needs=(self.data[task.name], *needs),
+        )
+        if not self.settings.judge or task.benchmark == "general_qa":
+            return [step]
+        judge = {f"judge_{key}": value for key, value in self.settings.judge.items()}
+        judged = Step(
+            folder=folder,
+            kind="judge",
+            settings={"evaluation": step.settings, "judge": self.settings.judge},
+            run=lambda: self._evaluate(config | judge, folder, "judge", task),
+            needs=(step,),
+        )
+        return [step, judged]
+
+    def _model_arguments(self, model: str) -> dict[str, Any]:
+        """What of the arguments of training says how a model is loaded and which rows it sees."""
+        from trl import ModelConfig
+
+        names = {field.name for field in dataclasses.fields(ModelConfig)} | {*_EVALUATED}
+        arguments = {**self.settings.training, **self.settings.models[model]}
+        adapter = {"use_peft", "use_dora", "use_rslora"}  # the adapter's folder knows what it is
+        return {
+            key: value
+            for key, value in arguments.items()
+            if key in names and key not in adapter and not key.startswith("lora_")
+        }
+
+    def _evaluation_arguments(self, task: Task) -> dict[str, Any]:
+        own = {"dataset_name": str(self._data_path(task)), "dataset_split": "test"}
+        if task.benchmark == "general_qa":
+            own |= {"metrics": ["rouge"], "likelihood": False, "swap_persona": False}
+        return {**self.settings.evaluation, **own, **task.evaluation}
+
+    def _evaluate(self, config: dict[str, Any], folder: Path, kind: str, task: Task) -> dict[str, Any]:
+        from ..cli import evaluate
+
+        _run_command(evaluate.run, config, folder / kind, ["--output_dir", str(folder)])
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
+        if task.benchmark == "general_qa":
+            return {"metrics": self._score_answers(task, folder)}
+        return {"metrics": metrics} | prompt_lengths(folder)
+
+    def _score_answers(self, task: Task, folder: Path) -> dict[str, Any]:
+        from ..benchmarks import general_qa
+        from ..evaluation.results import read_lines, summarise
+
+        rows = [*read_lines(self._data_path(task) / "test.jsonl")]
+        predictions = {line["row"]: line["prediction"] for line in read_lines(folder / "predictions.jsonl")}
+        scores = general_qa.score([predictions[index] for index in range(len(rows))], rows)
+        return summarise(scores, [None] * len(rows))
+
+    def _aloe_step(self, config: dict[str, Any], folder: Path, needs: tuple[Step, ...]) -> Step:
+        from ..cli import aloe
+
+        names = {option.lstrip("-") for option in aloe.make_parser()._option_string_actions}
+        config = {key: value for key, value in config.items() if key in names}
+
+        def run() -> dict[str, Any]:
+            _run_command(aloe.run, config | {"output_dir": str(folder)}, folder / "aloe_run")
+            return json.loads((folder / "aloe.json").read_text(encoding="utf-8"))
+
+        return Step(folder, "evaluate", {"config": config} | _trained_with(needs), run, needs)
+
+
+def _trained_with(needs: tuple[Step, ...]) -> dict[str, Any]:
+    """The settings of the training among the steps that an evaluation needs."""
+    return {step.kind: step.settings for step in needs if step.kind == "train"}
+
+
+def prompt_lengths(folder: Path) -> dict[str, Any]:
+    """
+    Mean length of the prompts of an evaluation with likelihoods (Table 6 of the paper), special tokens included.
+
+    Args:
+        folder (`Path`): Of the evaluation.
+
+    Returns:
+        `dict[str, Any]`: `"prompt_lengths"`: `"with_persona"` and `"without_persona"`, in tokens, and `"rows"`, those with a persona; or
+            nothing where nothing was scored.
+    """
+    path = folder / "scores" / "scores.jsonl"
+    if not path.is_file():
+        return {}
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if row["skipped"] is None and row["num_counterfactual_tokens"]]
+    if not rows:
+        return {}
+    lengths = {
+        name: sum(row[key] - len(row["tokens"]) for row in rows) / len(rows)
+        for name, key in (("with_persona", "num_tokens"), ("without_persona", "num_counterfactual_tokens"))
+    }
+    return {"prompt_lengths": lengths | {"rows": len(rows)}}
 
 
 def _run_command(
