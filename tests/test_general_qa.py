@@ -3,6 +3,7 @@
 import json
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -290,19 +291,33 @@ def test_lm_eval_that_is_missing_is_asked_for(monkeypatch):
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs pip install 'trl_perce[general_qa]'")
 def test_lm_eval_runs_drop_on_a_model_and_an_adapter(tiny_model, tmp_path):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    answer = {**BLANK, "spans": ["Colts"]}
-    record = {"query_id": "q", "passage": "Colts", "question": "Who?", "answer": answer}
-    record["validated_answers"] = {"number": [""], "spans": [["Colts"]], "date": [BLANK["date"]]}
-    (tmp_path / "drop.jsonl").write_text(json.dumps(record) + "\n")
-    files = {"train": str(tmp_path / "drop.jsonl"), "validation": str(tmp_path / "drop.jsonl")}
-    task = {"task": "drop", "dataset_path": "json", "dataset_kwargs": {"data_files": files}}
-    adapter = tmp_path / "adapter"
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
-    for name in (tiny_model, str(adapter)):
-        found = lm_eval_scores(name, tasks=[task], limit=1, device="cpu", gen_kwargs="max_gen_toks=4")
-        assert {"em", "f1"} <= set(found["drop"])
-        assert 0 <= found["drop"]["f1"] <= 1
+    record = {"query_id": "q", "passage": "Colts", "question": "Who?", "answer": {**BLANK, "spans": ["Colts"]}}
+    record["validated_answers"] = columns([record["answer"]])
+    data = tmp_path / "drop.jsonl"
+    data.write_text(json.dumps(record) + "\n")
+    # lm-eval's own task, on a file in place of the Hub
+    task = Path(lm_eval.__file__).parent / "tasks" / "drop" / "default.yaml"
+    (tmp_path / "tasks").mkdir()
+    files = {"train": str(data), "validation": str(data)}
+    local = {
+        "include": str(task),
+        "task": "drop_local",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files},
+    }
+    (tmp_path / "tasks" / "drop_local.yaml").write_text(json.dumps(local))  # JSON is YAML
+    manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    adapter = str(tmp_path / "adapter")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(adapter)
+    for name in (tiny_model, adapter):
+        found = lm_eval_scores(
+            name, tasks=["drop_local"], limit=1, task_manager=manager, device="cpu", gen_kwargs="max_gen_toks=4"
+        )
+        assert {"em", "f1"} <= set(found["drop_local"])
+        assert found["drop_local"]["f1"] in (0, 1)
