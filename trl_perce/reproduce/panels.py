@@ -136,7 +136,12 @@ def curve_title(metric: str) -> str:
     return f"{name} × 100" if unit(metric)[0] == 100 else name.replace("log P personal", "log P personal (nats)")
 
 
+def row_height(text: str, height: float) -> float:
+    """Inches of a row of panels: `height`, or what its name takes at 7 points."""
+    return max(height, 0.072 * len(text))
+
+
 def row_label(panel: Axes, text: str, height: float) -> None:
     """Name of a row of panels at its left, small enough for its height in inches."""
-    size = min(SIZE, 72 * height / (0.72 * max(len(text), 1)))
+    size = min(SIZE, 72 * row_height(text, height) / (0.72 * len(text)))
     panel.set_ylabel(text, fontsize=size, color=TEXT, fontweight="bold", parse_math=False)

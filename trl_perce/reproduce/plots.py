@@ -40,6 +40,7 @@ from .panels import (
     label,
     legend,
     plain,
+    row_height,
     row_label,
     style,
     title,
@@ -53,6 +54,7 @@ _OVERLAP, _PERSONAL = ("rougeL", "meteor"), ("log_likelihood/personal", "uptake"
 _SHADES = LinearSegmentedColormap.from_list("shades", ["#ffffff", PALETTE["light"]["positive"]])
 # Which metric is drawn hollow beside another one
 _BESIDE = {"log_likelihood/personal": "log_likelihood/other", "uptake": "uptake_swapped"}
+_LONGEST = "log P personal (nats)"  # name of a row of the transfer's heatmaps
 _TITLES = {
     "log_likelihood/personal": "log P (nats)\nfilled: personal, hollow: other tokens",
     "uptake": "uptake (words of the persona)\nhollow: another one in the prompt",
@@ -122,7 +124,7 @@ def _methods(results: Results, model: str, tasks: Sequence[str], metrics: Sequen
     cells, metrics = _cells(results, model, tasks, metrics)
     if not cells:
         return None
-    heights = [0.27 * len(items) + 0.75 for items in cells.values()]
+    heights = [row_height(task, 0.27 * len(items) + 0.3) + 0.45 for task, items in cells.items()]
     figure, axes = grid(len(cells), len(metrics), 1.6 + 2.5 * len(metrics), sum(heights) + 0.5, model)
     axes[0][0].get_gridspec().set_height_ratios(heights)
     for row, (task, items) in zip(axes, cells.items(), strict=True):
@@ -153,7 +155,13 @@ def _learning_rates(results: Results, model: str, tasks: Sequence[str]) -> Figur
     }  # fmt: skip
     if not cells:
         return None
-    figure, axes = grid(len(cells), len(metrics), 0.9 + 2.5 * len(metrics), 2.0 * len(cells) + 0.9, model)
+    figure, axes = grid(
+        len(cells),
+        len(metrics),
+        0.9 + 2.5 * len(metrics),
+        sum(row_height(task, 1.5) + 0.5 for task in cells) + 0.9,
+        model,
+    )
     for row, (task, items) in zip(axes, cells.items(), strict=True):
         trained = [item for item in items if item.learning_rate is not None]
         rates = sorted({item.learning_rate for item in trained})
@@ -188,7 +196,13 @@ def _clips(results: Results, model: str, tasks: Sequence[str]) -> Figure | None:
     swept = {task: items for task, items in swept.items() if items}
     if not swept:
         return None
-    figure, axes = grid(len(swept), len(metrics), 0.9 + 2.6 * len(metrics), 2.1 * len(swept) + 0.9, model)
+    figure, axes = grid(
+        len(swept),
+        len(metrics),
+        0.9 + 2.6 * len(metrics),
+        sum(row_height(task, 1.5) + 0.6 for task in swept) + 0.9,
+        model,
+    )
     for row, (task, items) in zip(axes, swept.items(), strict=True):
         clips = sorted({item.clip for item in items})
         for panel, metric in zip(row, metrics, strict=True):
@@ -231,7 +245,10 @@ def _transfer(results: Results, model: str) -> Figure | None:
     methods = [name for name in results.methods if any(key[1].method == name for key in numbers)]
     places = {item: (item.method, _trained_on(item, trained)) for item in trained}
     lines = list(dict.fromkeys(line for _, line in places.values()))
-    size = 1.6 + (0.25 + 0.62 * len(tasks)) * len(methods), (0.75 + 0.3 * len(lines)) * len(metrics) + 1.0
+    size = (
+        1.6 + (0.25 + 0.62 * len(tasks)) * len(methods),
+        (row_height(_LONGEST, 0.3 * len(lines) + 0.4) + 0.35) * len(metrics) + 1.0,
+    )
     figure, axes = grid(len(metrics), len(methods), *size, model)
     for row, metric in zip(axes, metrics, strict=True):
         cells = {(*places[item], task): number for (name, item, task), number in numbers.items() if name == metric}
@@ -243,7 +260,7 @@ def _transfer(results: Results, model: str) -> Figure | None:
             panel.set_xticks(range(len(tasks)), names, **look)
             if row is axes[0]:
                 title(panel, METHOD_LABELS.get(method, method))
-        row_label(row[0], curve_title(metric), 0.3 * len(lines) + 0.4)
+        row_label(row[0], curve_title(metric), row_height(_LONGEST, 0.3 * len(lines) + 0.4))
     note = "Lines: trained on; columns: tested on. Shades go over all methods from the lowest to the highest\n"
     note += "of a column, or over the width of its mean interval over rows if that is wider."
     figure.supxlabel(note, fontsize=SMALL, color=MUTED)
