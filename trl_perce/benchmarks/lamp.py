@@ -208,8 +208,7 @@ def _read_outputs(questions_path: Path, task: str, questions: dict[str, Any]) ->
     if not outputs.keys() & questions.keys():
         raise ValueError(f"{path} and {questions_path} have no id in common. They are not of the same split.")
     unasked = Skips()
-    for _ in outputs.keys() - questions.keys():
-        unasked.add("no such question")
+    unasked.add("no such question", len(outputs.keys() - questions.keys()))
     unasked.log(logger, f"outputs of {path}")
     return outputs
 

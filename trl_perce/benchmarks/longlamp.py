@@ -22,10 +22,10 @@ A row on the Hub (`LongLaMP/LongLaMP`) has `input`, `output`, `profile` and its 
 | `product_review` | `reviewerId` | `overall`, `summary`, `description`, `reviewText` | the input |
 | `topic_writing` | `author` | `summary`, `content`, `id`, `author` | the input |
 
-Setting `user`: the users of train, validation and test differ. Setting `temporal`: the same users stand in all three. The Hub has
-no date for the output, so there it is the benchmark's own choice of the profile that keeps later texts out; where a row of a local
-file has a `date`, `year` or `unixReviewTime` like the items of its profile, entries that are not earlier are never retrieved.
-Entries that all have a date are put in its order.
+Setting `user`: the users of train, validation and test differ. Setting `temporal`: the same users stand in all three. The Hub
+has no date for the output, so there it is the benchmark's own choice of the profile that keeps later texts out; where a row of
+a local file has a `date`, `year` or `unixReviewTime` like the items of its profile, entries that are not earlier are never
+retrieved. Entries that all have a date are put in its order, others stay in the order of the profile.
 
 The input is a whole instruction ("Generate the content for a reddit post …") and is kept as it is. The history goes before it.
 The few words around it are ours, since the prompts of the PerCE paper's Appendix D.1 could not be read: they add about a dozen

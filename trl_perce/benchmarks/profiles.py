@@ -19,7 +19,7 @@ words around the history (`lead` and `style` of a [`ProfileTask`]) and the layou
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..history import HistoryEntry, HistoryRow
@@ -94,8 +94,9 @@ class RowMaker:
             `ValueError`: A column is missing or of the wrong type.
         """
         text = take(record, "input", str, where)
-        history = self._history(take(record, "profile", list, where), where)
-        reason = _reason(text, output, history)
+        time = _time(record, where) if self.by_time else None
+        history = self._history(take(record, "profile", list, where), time, where)
+        reason = _reason(text, output, history, time)
         if reason:
             self.rows.add(reason)
             return None
@@ -107,7 +108,7 @@ class RowMaker:
             response=output,
             history=history,
             search=text.partition(self.task.query)[2].strip() or text if self.task.query else text,
-            time=_time(record, where) if self.by_time else None,
+            time=time,
         )
 
     def log(self, logger: logging.Logger, what: str) -> None:
@@ -115,13 +116,16 @@ class RowMaker:
         self.rows.log(logger, f"rows of {what}")
         self.entries.log(logger, f"entries in the profiles of {what}")
 
-    def _history(self, profile: Sequence[Any], where: str) -> tuple[HistoryEntry, ...]:
-        """The entries, oldest first if all have a date, else in the order of the profile."""
+    def _history(self, profile: Sequence[Any], time: float | None, where: str) -> tuple[HistoryEntry, ...]:
+        """The entries, oldest first if all have a date, else without dates in the order of the profile."""
         entries = [self._entry(item, f"{where}, item {index} of 'profile'") for index, item in enumerate(profile)]
         history = [entry for entry in entries if entry is not None]
-        if all(entry.time is not None for entry in history):
-            history.sort(key=lambda entry: entry.time)
-        return tuple(history)
+        if time is not None:
+            self.entries.add("no date, while the row has one", sum(entry.time is None for entry in history))
+            history = [entry for entry in history if entry.time is not None]
+        if any(entry.time is None for entry in history):
+            return tuple(replace(entry, time=None) for entry in history)
+        return tuple(sorted(history, key=lambda entry: entry.time))
 
     def _entry(self, item: Any, where: str) -> HistoryEntry | None:
         if not isinstance(item, dict):
@@ -174,7 +178,7 @@ def _time(record: dict[str, Any], where: str) -> float | None:
     return None if column is None else to_days(take(record, column, (str, int, float), where), where)
 
 
-def _reason(text: str, output: str, history: Sequence[HistoryEntry]) -> str | None:
+def _reason(text: str, output: str, history: Sequence[HistoryEntry], time: float | None) -> str | None:
     """Why a row cannot be used, if it cannot."""
     if not text.strip():
         return "no input"
@@ -182,7 +186,12 @@ def _reason(text: str, output: str, history: Sequence[HistoryEntry]) -> str | No
         return "no output"
     if not history:
         return "no history"
-    if all(entry.response == output.strip() for entry in history):
-        return "no history but the output itself"
+    earlier = [entry for entry in history if time is None or entry.time < time]
+    if all(_normalized(entry.response) == _normalized(output) for entry in earlier):
+        return "no earlier history" if time is not None else "no history but the output itself"
     reserved = [mark for mark in _RESERVED if mark in text or mark in output]
     return f"input or output hold {reserved[0]}" if reserved else None
+
+
+def _normalized(text: str) -> str:
+    return " ".join(text.casefold().split())

@@ -43,10 +43,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
             than objects. The message names the file and the line, or the item of the list.
     """
     path = _existing(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8 ({error}). Give a JSON or JSONL file.") from None
+    text = _read_text(path)
     if not text.strip():
         raise ValueError(f"{path} is empty. Download it again.")
     if text.lstrip()[0] == "[":
@@ -74,7 +71,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
         `ValueError`: The file is no JSON from some line on, or holds something else. The message names the file and the line.
     """
     path = _existing(path)
-    content = _parse(path.read_text(encoding="utf-8-sig"), path, 1)
+    content = _parse(_read_text(path), path, 1)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {_shown(content)} and not a JSON object.")
     return content
@@ -219,9 +216,10 @@ class Skips:
     def __init__(self):
         self.counts: Counter[str] = Counter()
 
-    def add(self, reason: str) -> None:
-        """Count one that is left out. `reason` completes "3 rows were left out: …"."""
-        self.counts[reason] += 1
+    def add(self, reason: str, number: int = 1) -> None:
+        """Count what is left out. `reason` stands in the log as "3 rows were left out: no history (2), no output (1)"."""
+        if number:
+            self.counts[reason] += number
 
     def log(self, logger: logging.Logger, what: str) -> None:
         """One warning with all reasons and their numbers, or nothing. `what` says of what, as in "rows of reviews.jsonl"."""
@@ -287,6 +285,13 @@ def _existing(path: str | Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     return path
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}). Give a JSON or JSONL file.") from None
 
 
 def _parse(text: str, path: Path, first_line: int) -> Any:
