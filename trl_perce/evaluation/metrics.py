@@ -30,8 +30,8 @@ from ..nltk_data import missing_nltk_data
 COLUMNS = {"rouge": ("rouge1", "rouge2", "rougeL"), "meteor": ("meteor",), "bleu": ("bleu",)}
 # By package of NLTK data, a file or folder in it
 _METEOR_DATA = {"wordnet": "corpora/wordnet/data.noun", "punkt_tab": "tokenizers/punkt_tab/english/"}
-_CHUNK = 32  # rows that go to a process at once
-_ROWS_A_PROCESS = 500  # for fewer, a process takes longer to start and to load WordNet than it saves
+_CHUNK = 8  # rows that go to a process at once
+_CHARACTERS_A_PROCESS = 1_000_000  # for fewer, a process takes longer to start and to load WordNet than it saves
 
 
 def text_metrics(
@@ -57,7 +57,7 @@ def text_metrics(
         predictions (`Sequence[str]`): Predictions of `R` rows.
         references (`Sequence[str]`): Their references.
         num_proc (`int`, *optional*): Processes that share the work. By default as many as there are CPU cores for this
-            process, but not more than one for 500 rows.
+            process, but one for a million characters of text at most: each takes seconds to start.
         metrics (`Sequence[str]`, *optional*, defaults to `("rouge", "meteor")`): Of `"rouge"`, `"meteor"`, `"bleu"`.
 
     Returns:
@@ -73,7 +73,8 @@ def text_metrics(
     _check_texts(predictions, references)
     rows = len(predictions)
     if num_proc is None:
-        num_proc = min(joblib.cpu_count(), math.ceil(rows / _ROWS_A_PROCESS))
+        characters = sum(map(len, predictions)) + sum(map(len, references))
+        num_proc = min(joblib.cpu_count(), math.ceil(characters / _CHARACTERS_A_PROCESS))
     starts = range(0, rows, _CHUNK)
     chunks = ((predictions[at : at + _CHUNK], references[at : at + _CHUNK]) for at in starts)
     values = {column: np.zeros(rows) for metric in metrics for column in COLUMNS[metric]}
