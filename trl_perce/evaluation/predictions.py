@@ -35,6 +35,7 @@ from ..persona import (
     token_mask,
     trim_persona,
 )
+from .uptake import other_personas
 
 
 logger = get_logger(__name__)
@@ -121,27 +122,26 @@ def make_prompts(
     return _trimmed(prompts, args)
 
 
-def other_rows(users: Sequence[str | None], personas: Sequence[str]) -> list[int | None]:
+def other_rows(users: Sequence[str | None], personas: Sequence[str]) -> list[int]:
     """
-    For each row, the next one with another user's persona; behind the last row comes the first.
+    For each row, one with another user's persona ([`~uptake.other_personas`]).
 
     Args:
         users (`Sequence[str | None]`): User of each row. Rows without one are told apart by their personas.
         personas (`Sequence[str]`): Persona of each row, empty if it has none.
 
     Returns:
-        `list[int | None]`: An index for each row, `None` where there is no other persona, or the row has none itself.
+        `list[int]`: An index for each row.
+
+    Raises:
+        `PersonaError`: There is no other user with a persona.
     """
-    count, others = len(users), []
-    for own in range(count):
-        following = ((own + step) % count for step in range(1, count)) if personas[own].strip() else ()
-        others.append(next((other for other in following if _is_other(own, other, users, personas)), None))
-    return others
-
-
-def _is_other(own: int, other: int, users: Sequence[str | None], personas: Sequence[str]) -> bool:
-    same_user = users[own] is not None and users[own] == users[other]
-    return bool(personas[other].strip()) and personas[other] != personas[own] and not same_user
+    try:
+        others = other_personas(personas, [user or persona for user, persona in zip(users, personas, strict=True)])
+    except ValueError as error:
+        raise PersonaError(f"`swap_persona` needs rows of several users. {error}") from error
+    rows = {persona: row for row, persona in enumerate(personas)}
+    return [rows[other] for other in others]
 
 
 def to_prediction(
@@ -267,11 +267,6 @@ def _with_swapped_personas(prompts: list[Prompt]) -> list[Prompt]:
         if not any(prompt.persona_mask):
             swapped.append(prompt)
             continue
-        if other is None:
-            raise PersonaError(
-                f"`swap_persona` finds no other user's persona for row {prompt.row}. Give rows of several users, or set it to "
-                "`False`."
-            )
         stretches = persona_stretches(prompts[other].input_ids, prompts[other].persona_mask)
         ids, labels = swap_persona(prompt.input_ids, [0] * len(prompt.input_ids), prompt.persona_mask, stretches)
         mask = [int(label == -100) for label in labels]  # which is what it marks the other's tokens with
