@@ -21,7 +21,7 @@ rule ([`~trl_perce.persona.token_mask`]).
 """
 
 import ast
-import io
+import importlib.util
 import json
 import logging
 import re
@@ -33,8 +33,10 @@ from typing import Any
 import numpy as np
 
 from ..endpoint import Endpoint
+from ..nltk_data import missing_nltk_data
 from ..persona import token_mask
 from ..scores import TokenScores
+from ..words import content_words
 
 
 logger = logging.getLogger(__name__)
@@ -71,24 +73,10 @@ JUDGE_EXAMPLE = [
     {"role": "assistant", "content": '["girls", "croissants", "carry", "heavy", "trays"]'},
 ]
 
-# What stays when apostrophes and hyphens part words is in here too ("don", "t"); numerals are no content words either
-_FUNCTION_WORDS = frozenset(
-    """
-    a an the this that these those each every either neither both all any some no none such another other others what which
-    whose who whom whoever whatever whichever i you he she it we they me him her us them my your his its our their mine yours
-    hers ours theirs myself yourself himself herself itself ourselves yourselves themselves one ones oneself someone somebody
-    something anyone anybody anything everyone everybody everything nobody nothing there here
-    about above across after against along among around as at before behind below beneath beside besides between beyond by
-    despite down during except for from in inside into like near of off on onto opposite out outside over past per plus since
-    than through throughout till to toward towards under underneath until unto up upon via with within without
-    and but or nor so yet if unless because although though while whereas whether when whenever where wherever why how
-    be am is are was were been being do does did doing done have has had having can could may might must shall should will
-    would ought not n t s m re ve ll d don doesn didn isn aren wasn weren hasn haven hadn won wouldn couldn shouldn mustn ain
-    zero two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
-    nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million
-    """.split()
-)
-_NLTK_DATA = {"punkt_tab": "tokenizers", "averaged_perceptron_tagger_eng": "taggers"}
+_NLTK_DATA = {
+    "punkt_tab": "tokenizers/punkt_tab/english/",
+    "averaged_perceptron_tagger_eng": "taggers/averaged_perceptron_tagger_eng/",
+}
 
 Spans = list[tuple[int, int]]
 
@@ -181,9 +169,9 @@ def in_spans(offsets: Spans, spans: Spans) -> np.ndarray:
 class ContentWords:
     """
     Finds nouns, verbs, adjectives and adverbs by NLTK's tokenizer and tagger. Their data (`punkt_tab` and
-    `averaged_perceptron_tagger_eng`) are downloaded where they are missing. Without NLTK or its data, a content word is a run
-    of letters, digits and underscores that has a letter and is not in a list of English function words and numerals; then
-    auxiliaries are left out that the tagger would keep as verbs.
+    `averaged_perceptron_tagger_eng`) are downloaded where they are missing, unless `HF_HUB_OFFLINE` is set. Without NLTK or its
+    data, content words are those of [`~trl_perce.words.content_words`]: then auxiliaries are left out that the tagger would
+    keep as verbs.
 
     Attributes:
         method (`str`): `"NLTK"` or `"function words"`. Also logged.
@@ -201,26 +189,16 @@ class ContentWords:
         """Character spans of the content words, in order."""
         if self.method == "NLTK":
             return _content_words_by_tag(text)
-        words = re.finditer(r"\w+", text)
-        return [
-            word.span()
-            for word in words
-            if word.group().lower() not in _FUNCTION_WORDS and not word.group().isnumeric()
-        ]
+        return content_words(text)
 
 
 def _why_no_nltk() -> str | None:
-    try:
-        import nltk
-    except ImportError:
+    if importlib.util.find_spec("nltk") is None:
         return "NLTK is not installed (pip install nltk)."
-    for name, kind in _NLTK_DATA.items():
-        try:
-            nltk.data.find(f"{kind}/{name}")
-        except LookupError:
-            if not nltk.download(name, quiet=True, print_error_to=io.StringIO()):
-                return f"NLTK's data are not here and cannot be downloaded (python -m nltk.downloader {' '.join(_NLTK_DATA)})."
-    return None
+    missing = " ".join(missing_nltk_data(_NLTK_DATA))
+    return (
+        f"NLTK's data are not here and were not downloaded (python -m nltk.downloader {missing})." if missing else None
+    )
 
 
 def _content_words_by_tag(text: str) -> Spans:
