@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 
 from .files import written_whole
+from .intervals import ratio_interval
+from .markdown import code, table
 from .scores import TokenScores
 
 
@@ -214,17 +216,8 @@ def _personal(counts: np.ndarray) -> dict[str, Any]:
 
 
 def _interval(parts: np.ndarray, wholes: np.ndarray) -> list[float] | None:
-    """
-    95 % interval of the ratio `Σ parts / Σ wholes` over independent draws, both `np.float64` of shape `(P,)`: the ratio's
-    linearized standard error times Student's t with `P - 1` degrees of freedom. `None` for fewer than [`MIN_PERSONAS`].
-    """
-    number = len(parts)
-    if number < MIN_PERSONAS:
-        return None
-    ratio, freedom = parts.sum() / wholes.sum(), number - 1
-    error = math.sqrt(number / freedom * ((parts - ratio * wholes) ** 2).sum()) / wholes.sum()
-    student = 1.96 + 2.372 / freedom + 2.822 / freedom**2  # Cornish-Fisher expansion, to 0.01 from 9 on
-    return [float(ratio - student * error), float(ratio + student * error)]
+    """[`ratio_interval`] over personas. `None` for fewer than [`MIN_PERSONAS`]."""
+    return None if len(parts) < MIN_PERSONAS else ratio_interval(parts, wholes)
 
 
 def _count_words(words: dict[str, list], row: TokenScores) -> None:
@@ -240,17 +233,17 @@ def _count_words(words: dict[str, list], row: TokenScores) -> None:
 
 
 def _most_personal(words: dict[str, list], threshold: float) -> dict[str, Any]:
-    table = [
+    personal = [
         {"word": word, "mean": total / count, "sum": total, "count": count, "rows": rows}
         for word, (total, count, rows, _) in words.items()
         if total / count > threshold
     ]
-    often = [entry for entry in table if entry["count"] >= MIN_WORD_COUNT]
+    often = [entry for entry in personal if entry["count"] >= MIN_WORD_COUNT]
     # Function words (the, and) have a mean near 0: this leaves them out in every language
     return {
         "number": len(words),
         "by_mean": sorted(often, key=lambda entry: (-entry["mean"], entry["word"]))[:_MOST_WORDS],
-        "by_sum": sorted(table, key=lambda entry: (-entry["sum"], entry["word"]))[:_MOST_WORDS],
+        "by_sum": sorted(personal, key=lambda entry: (-entry["sum"], entry["word"]))[:_MOST_WORDS],
     }
 
 
@@ -332,14 +325,14 @@ def _markdown(report: dict[str, Any]) -> str:
         f"may hold more than is seen here. Intervals are over the {personal['personas']:,} personas with PIR, since rows with the "
         "same one are no independent draws.",
         "# PerContrast report",
-        ", ".join(f"{name} {_code(value)}" for name, value in made_with.items()) + ". PIR in nats. Means and shares are over "
+        ", ".join(f"{name} {code(value)}" for name, value in made_with.items()) + ". PIR in nats. Means and shares are over "
         "the tokens that have a PIR, unless said.",
         "## Rows",
-        _table(
+        table(
             ["rows", "number"],
             [
                 ["total", rows["total"]],
-                *([f"skipped: {_code(reason)}", number] for reason, number in rows["skipped"].items()),
+                *([f"skipped: {code(reason)}", number] for reason, number in rows["skipped"].items()),
                 ["scored", rows["scored"]],
                 ["… without a persona (weight 1, no PIR)", rows["without_persona"]],
                 ["… with PIR", rows["with_pir"]],
@@ -382,7 +375,7 @@ def _weights_text(report: dict[str, Any]) -> list[str]:
     return [
         f"Clipped to [{settings['weight_clip_min']:g}, {settings['weight_clip_max']:g}], over all tokens, as the trainer logs "
         "them:",
-        _table(
+        table(
             ["mean", "at the lower bound", "at the upper bound", "of personal tokens"],
             [
                 [
@@ -404,10 +397,10 @@ def _words_text(words: dict[str, Any]) -> list[str]:
         ("By summed PIR:", words["by_sum"]),
     ):
         lines = [
-            [_code(entry["word"]), _nats(entry["mean"]), _nats(entry["sum"]), entry["count"], entry["rows"]]
+            [code(entry["word"]), _nats(entry["mean"]), _nats(entry["sum"]), entry["count"], entry["rows"]]
             for entry in entries[:_MOST_WORDS_SHOWN]
         ]
-        parts += [title, _table(["word", "mean PIR", "summed", "times", "rows"], lines) if lines else "None."]
+        parts += [title, table(["word", "mean PIR", "summed", "times", "rows"], lines) if lines else "None."]
     return parts
 
 
@@ -422,24 +415,17 @@ def _cost_text(cost: dict[str, Any]) -> list[str]:
     return [
         f"The counterfactual pass runs over {cost['counterfactual_tokens']:,} tokens, the factual pass over "
         f"{cost['tokens']:,}: {_percent(cost['forward_ratio'])} of a forward pass on top. In relation to a training step:",
-        _table(["training", "forwards of a step", "extra work"], lines),
+        table(["training", "forwards of a step", "extra work"], lines),
         "Assumed: work grows with the tokens; a backward pass is two forwards (full fine-tuning) or one (frozen base weights); "
         "activation checkpointing adds one. Not counted: the part of attention that grows with the square of the length, "
         "which makes the factual pass dearer than said here, and padding.",
     ]
 
 
-def _table(head: list[str], lines: list[list]) -> str:
-    """Columns of numbers but for the first."""
-    cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in line] for line in lines]
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *cells))
-
-
 def _quantile_table(quantiles: dict[str, float | None], form) -> str:
     names = {"0": "smallest", "50": "median", "100": "largest"}
     head = ["quantile", *(names.get(percent, f"{percent} %") for percent in quantiles)]
-    return _table(head, [["", *(form(value) for value in quantiles.values())]])
+    return table(head, [["", *(form(value) for value in quantiles.values())]])
 
 
 def _bars(histogram: list[dict[str, Any]]) -> str:
@@ -465,9 +451,3 @@ def _row_list(title: str, indices: list[int]) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}"
-
-
-def _code(text: Any) -> str:
-    """As code, which keeps underscores, stars and pipes of names."""
-    text = " ".join(str(text).split()).replace("`", "'").replace("|", "\\|")
-    return f"`{text}`"

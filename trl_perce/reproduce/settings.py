@@ -1,0 +1,233 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The grid's YAML, checked before anything heavy loads."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+# The paper's methods, and ours: name → fields of `PerCEConfig`
+METHODS: dict[str, dict[str, Any]] = {
+    "ce": {"token_weighting": "uniform"},
+    "lossce": {"token_weighting": "loss"},
+    "entce": {"token_weighting": "entropy"},
+    "perce": {"token_weighting": "perce"},
+    "perce_sequence": {"token_weighting": "perce", "weight_normalization": "sequence"},
+}
+# Methods whose weights are clipped; the others are the same for every clip range
+BENCHMARKS = ("histories", "longlamp", "lamp", "general_qa", "aloe")
+# Benchmarks that are only evaluated on
+_UNTRAINED = ("general_qa", "aloe")
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    A task of the grid.
+
+    Parameters:
+        name (`str`): Its key in the YAML.
+        benchmark (`str`): `"histories"`, `"longlamp"`, `"lamp"`, `"general_qa"` or `"aloe"`.
+        options (`dict[str, Any]`): What the benchmark's `load` takes beside `split` and `num_rows`; for ALOE, its endpoints.
+        train_rows (`int`, *optional*, defaults to `2000`): Rows that are trained on (the paper's number).
+        validation_rows (`int`, *optional*, defaults to `0`): Rows for choosing the learning rate. 0: nothing is chosen.
+        test_rows (`int`, *optional*, defaults to `500`): Rows that are evaluated (the paper's number).
+        retrieval (`dict[str, Any]`): What [`~retrieval.Retriever`] takes.
+        generation (`dict[str, Any]`): Changes of the grid's `generation` for this task.
+    """
+
+    name: str
+    benchmark: str
+    options: dict[str, Any] = field(default_factory=dict)
+    train_rows: int = 2000
+    validation_rows: int = 0
+    test_rows: int = 500
+    retrieval: dict[str, Any] = field(default_factory=dict)
+    generation: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_trained(self) -> bool:
+        return self.benchmark not in _UNTRAINED
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of the grid."""
+
+    model: str
+    task: str
+    method: str
+    learning_rate: float
+    clip: tuple[float, float]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Path of the run's folder, relative to the grid's `runs`."""
+        low, high = self.clip
+        return f"{self.model}/{self.task}/{self.method}-lr{self.learning_rate:g}-clip{low:g}-{high:g}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    A grid: what is trained with which methods, and evaluated on what.
+
+    Parameters:
+        output_dir (`str`): Folder of all outputs.
+        models (`dict[str, dict[str, Any]]`): Name → arguments of `trl-perce train` that say which model and adapter.
+        tasks (`dict[str, Task]`): Name → task.
+        methods (`dict[str, dict[str, Any]]`): Name → fields of [`PerCEConfig`]; in the YAML a list of the known names will do.
+        seeds (`list[int]`): Seeds of training: of the adapter's start values and of the order of rows.
+        learning_rates (`list[float]`): Peak learning rates.
+        clip_ranges (`list[tuple[float, float]]`): Bounds of the weights. CE has no weights and is trained once.
+        training (`dict[str, Any]`): Arguments of `trl-perce train` for all runs.
+        generation (`dict[str, Any]`): Arguments of [`~evaluation.generate.GenerationArguments`] for all evaluations.
+        scoring (`dict[str, Any]`): Fields of [`PerContrastConfig`] for the log-likelihoods.
+        transfer (`bool`): Whether adapters are evaluated on all tasks (Tables 3 and 8), or on their own and on those that nothing
+            is trained on.
+        judge (`dict[str, Any]`): `base_url` and `model` of the judge's endpoint, and other arguments of [`Endpoint`].
+        launcher (`str`): What stands before `-m trl_perce.cli.train …`, such as `accelerate launch --num_processes 4`. If it is
+            empty, runs are trained in this process.
+    """
+
+    output_dir: str
+    models: dict[str, dict[str, Any]]
+    tasks: dict[str, Task]
+    methods: dict[str, dict[str, Any]]
+    seeds: list[int]
+    learning_rates: list[float]
+    clip_ranges: list[tuple[float, float]] = field(default_factory=lambda: [(0.8, 5.0)])
+    training: dict[str, Any] = field(default_factory=dict)
+    generation: dict[str, Any] = field(default_factory=dict)
+    scoring: dict[str, Any] = field(default_factory=dict)
+    transfer: bool = False
+    judge: dict[str, Any] = field(default_factory=dict)
+    launcher: str = ""
+
+    def cells(self) -> list[Cell]:
+        """All runs. Seeds vary slowest, so that a grid that stops early has whole comparisons."""
+        trained = [name for name, task in self.tasks.items() if task.is_trained and task.train_rows]
+        cells = []
+        for seed, rate, model, task, clip, method in product(
+            self.seeds, self.learning_rates, self.models, trained, self.clip_ranges, self.methods
+        ):
+            if self.methods[method].get("token_weighting") == "uniform":
+                clip = self.clip_ranges[0]
+            cell = Cell(model, task, method, rate, clip, seed)
+            if cell not in cells:
+                cells.append(cell)
+        return cells
+
+    def evaluated_tasks(self, cell: Cell) -> list[str]:
+        """On what a run is evaluated: its own task first."""
+        others = [
+            name
+            for name, task in self.tasks.items()
+            if name != cell.task and task.test_rows and (self.transfer or not task.is_trained)
+        ]
+        return ([cell.task] if self.tasks[cell.task].test_rows else []) + others
+
+
+def load_settings(path: str | Path, **changes) -> Settings:
+    """
+    Read a grid's YAML.
+
+    Args:
+        path (`str` or `Path`): The file.
+        **changes: Keys that take the place of those in the file.
+
+    Returns:
+        [`Settings`]: Checked.
+
+    Raises:
+        `FileNotFoundError`: There is no such file.
+        `ValueError`: A key is unknown, missing or has a wrong value; the message says which and what to write instead.
+    """
+    loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path}: expected keys and values, got {type(loaded).__name__}.")
+    loaded |= changes
+    try:
+        return _checked(loaded)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _checked(loaded: dict[str, Any]) -> Settings:
+    _check_keys(loaded, Settings, "the file")
+    methods = loaded["methods"]
+    if isinstance(methods, list):
+        unknown = [name for name in methods if name not in METHODS]
+        if unknown:
+            raise ValueError(
+                f"`methods`: {unknown[0]!r} is not known. Write some of {', '.join(METHODS)}, or name → fields of `PerCEConfig`."
+            )
+        methods = {name: METHODS[name] for name in methods}
+    for key, kind in (
+        ("models", dict),
+        ("tasks", dict),
+        ("seeds", list),
+        ("learning_rates", list),
+        ("clip_ranges", list),
+    ):
+        if key in loaded and (not isinstance(loaded[key], kind) or not loaded[key]):
+            raise ValueError(f"`{key}` must be a {'list' if kind is list else 'mapping'} that is not empty.")
+    for name, model in loaded["models"].items():
+        if not isinstance(model, dict) or "model_name_or_path" not in model:
+            raise ValueError(
+                f"`models`, {name}: `model_name_or_path` is missing. Write a folder or a name on the Hub."
+            )
+    for rate in loaded["learning_rates"]:
+        if not isinstance(rate, float) or rate <= 0:
+            raise ValueError(
+                f"`learning_rates`: {rate!r} is not a positive number. YAML reads 1.0e-3, but 1e-3 as a text."
+            )
+    clips = loaded.get("clip_ranges", [(0.8, 5.0)])
+    for clip in clips:
+        if not isinstance(clip, list | tuple) or len(clip) != 2 or not 0 <= clip[0] <= clip[1]:
+            raise ValueError(f"`clip_ranges`: {clip!r} is not a pair of bounds. Write such as [0.8, 5.0].")
+    return Settings(
+        **loaded
+        | {
+            "tasks": {name: _task(name, task) for name, task in loaded["tasks"].items()},
+            "methods": methods,
+            "clip_ranges": [(float(low), float(high)) for low, high in clips],
+        }
+    )
+
+
+def _task(name: str, loaded: dict[str, Any]) -> Task:
+    own = {field.name for field in dataclasses.fields(Task)} - {"name", "options"}
+    if not isinstance(loaded, dict) or loaded.get("benchmark") not in BENCHMARKS:
+        raise ValueError(f"`tasks`, {name}: `benchmark` must be one of {', '.join(BENCHMARKS)}.")
+    options = {key: value for key, value in loaded.items() if key not in own}
+    return Task(name=name, options=options, **{key: value for key, value in loaded.items() if key in own})
+
+
+def _check_keys(loaded: dict[str, Any], cls: type, where: str) -> None:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in loaded:
+        if key not in fields:
+            nearest = difflib.get_close_matches(key, fields, n=1)
+            hint = f"Did you mean `{nearest[0]}`?" if nearest else f"Known keys: {', '.join(fields)}."
+            raise ValueError(f"unknown key `{key}` in {where}. {hint}")
+    for key, one in fields.items():
+        if one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING and key not in loaded:
+            raise ValueError(f"the key `{key}` is missing in {where}.")
