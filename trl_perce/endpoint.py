@@ -16,7 +16,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -26,13 +28,18 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 
+class EndpointError(RuntimeError):
+    """A request failed for good."""
+
+
 class Endpoint:
     """
     Asks a chat model behind an OpenAI-compatible endpoint, several requests at a time, and keeps every finished answer in
     a file, so that a run that was killed does not pay twice.
 
     Needs `pip install 'trl_perce[judge]'`. The key is read from the environment variable `OPENAI_API_KEY`; local servers
-    mostly take any, so without the variable a dummy is sent. Failed requests are repeated by the package `openai`.
+    mostly take any, so without the variable a dummy is sent. It goes into the requests' header and nowhere else: not into the
+    file of answers, a log or an error, also where a server repeats it. Failed requests are repeated by the package `openai`.
 
     Args:
         base_url (`str`): Of the endpoint, such as `"http://localhost:8000/v1"`.
@@ -48,6 +55,7 @@ class Endpoint:
 
     Raises:
         `ImportError`: The package `openai` is not installed.
+        `ValueError`: A name and password stand in `base_url`.
     """
 
     def __init__(
@@ -65,6 +73,11 @@ class Endpoint:
             import openai
         except ImportError as error:
             raise ImportError("Asking an endpoint needs the package openai: pip install 'trl_perce[judge]'") from error
+        if re.match(r"[a-z]+://[^/]*@", base_url):
+            raise ValueError(
+                "`base_url` holds a name or password before the '@', which would be seen in logs. Remove it, and set the key "
+                "in the environment variable OPENAI_API_KEY."
+            )
         self.base_url = base_url
         self.model = model
         self.temperature = temperature
@@ -72,26 +85,34 @@ class Endpoint:
         self.concurrency = concurrency
         self.cache_path = None if cache_path is None else Path(cache_path)
         key = os.environ.get("OPENAI_API_KEY") or "none"
+        self._secret = (
+            key if len(key) >= 8 else None
+        )  # "none", "EMPTY", "x": local servers take any, there is nothing to hide
         self._client = openai.OpenAI(base_url=base_url, api_key=key, max_retries=max_retries, timeout=timeout)
         self._error = openai.OpenAIError
         self._lock = threading.Lock()
 
-    def ask(self, conversations: list[list[dict[str, str]]], desc: str | None = None) -> list[str]:
+    def ask(
+        self, conversations: list[list[dict[str, str]]], desc: str | None = None, seeds: Sequence[int] | None = None
+    ) -> list[str]:
         """
         The model's answers. Equal conversations are asked once, also over runs: what shall differ (several samples, votes)
-        must differ in its messages.
+        must differ in its messages or its seed.
 
         Args:
             conversations (`list[list[dict[str, str]]]`): Messages `{"role", "content"}` of each request.
             desc (`str`, *optional*): Title of the progress bar, which shows on a terminal only.
+            seeds (`Sequence[int]`, *optional*): Seed of each request's sampling. If `None`, none is sent.
 
         Returns:
             `list[str]`: The text of each answer, in the order of the conversations; empty where the model said nothing.
 
         Raises:
-            `RuntimeError`: A request failed for good. The answers that were there by then are in the file.
+            [`EndpointError`]: A request failed for good. The answers that were there by then are in the file.
         """
         requests = [self._request(messages) for messages in conversations]
+        for request, seed in zip(requests, seeds, strict=True) if seeds is not None else ():
+            request["seed"] = seed
         keys = [_key(request) for request in requests]
         answers = self._read_cache()
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in answers}
@@ -108,10 +129,13 @@ class Endpoint:
             if self.cache_path is not None:
                 kept = f"Finished answers are kept in {self.cache_path}: the same call goes on from there."
             done = sum(future.done() and not future.cancelled() and not future.exception() for future in futures)
+            reason, cause = str(error), error
+            if self._secret and self._secret in f"{error} {error!r} {error.__cause__!r}":  # the server repeats the key
+                reason, cause = reason.replace(self._secret, "<OPENAI_API_KEY>"), None
             message = (
-                f"{self.base_url} (model {self.model!r}): {error} {done} of {len(futures)} requests were answered."
+                f"{self.base_url} (model {self.model!r}): {reason} {done} of {len(futures)} requests were answered."
             )
-            raise RuntimeError(f"{message} {kept}") from error
+            raise EndpointError(f"{message} {kept}") from cause
         finally:
             executor.shutdown(cancel_futures=True)  # on an error or Ctrl-C, nothing more is asked
         return [answers[key] for key in keys]

@@ -10,12 +10,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and files that grow by whole lines."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -38,3 +40,54 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def whole_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """
+    The lines of a file that grows. A last line that is not whole (a run was killed while it wrote) is cut off the file.
+
+    Args:
+        path (`str` or `Path`): The file; there need not be one.
+
+    Yields:
+        `tuple[int, bytes]`: Where the line starts, in bytes, and the line with its line break.
+    """
+    if not Path(path).is_file():
+        return
+    position = 0
+    with open(path, "r+b") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                file.truncate(position)
+                return
+            yield position, line
+            position += len(line)
+
+
+def keep_settings(path: str | Path, settings: dict[str, Any], started: bool) -> None:
+    """
+    Write the settings of a run, or, where the run has started before, see that they are still the same.
+
+    Args:
+        path (`str` or `Path`): File of the settings, in the folder of the run.
+        settings (`dict[str, Any]`): Everything that the results depend on, as JSON takes it.
+        started (`bool`): Whether the folder holds results.
+
+    Raises:
+        `ValueError`: The results were made with other settings; the message says which differ.
+    """
+    path, settings = Path(path), json.loads(json.dumps(settings))
+    if started and path.is_file():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        differing = [
+            f"`{key}` was {earlier.get(key)!r} and is {settings.get(key)!r}"
+            for key in {**earlier, **settings}
+            if earlier.get(key) != settings.get(key)
+        ]
+        if differing:
+            raise ValueError(
+                f"{path.parent} holds results that were made with other settings: {'; '.join(differing)}. Choose another "
+                "`output_dir`, or set `overwrite` to start anew."
+            )
+    with written_whole(path) as part:
+        part.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .files import written_whole
+from .files import keep_settings, whole_lines
 
 
 class RowFile:
@@ -43,7 +43,7 @@ class RowFile:
         self.path = self.folder / name
         self.part = self.folder / f"{name}.part"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._check_settings(json.loads(json.dumps(settings)))
+        keep_settings(self.folder / "settings.json", settings, self.path.is_file() or self.part.is_file())
         self.done = {line["row"] for line in self.lines()} if self.path.is_file() else set(self._read_part())
 
     @property
@@ -78,36 +78,9 @@ class RowFile:
         os.replace(unsorted, self.path)
         self.part.unlink()
 
-    def _check_settings(self, settings: dict[str, Any]) -> None:
-        path = self.folder / "settings.json"
-        if (self.path.is_file() or self.part.is_file()) and path.is_file():
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-            differing = [
-                f"`{key}` was {earlier.get(key)!r} and is {settings.get(key)!r}"
-                for key in {**earlier, **settings}
-                if earlier.get(key) != settings.get(key)
-            ]
-            if differing:
-                raise ValueError(
-                    f"{self.folder} holds {self.path.stem} that were made with other settings: {'; '.join(differing)}. Choose "
-                    "another `output_dir`, or set `overwrite` to start anew."
-                )
-        with written_whole(path) as part:
-            part.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
     def _read_part(self) -> dict[int, int]:
         """Where each row's line starts, in bytes. A last line that is not whole is cut off."""
-        starts, position = {}, 0
-        if not self.part.is_file():
-            return starts
-        with open(self.part, "r+b") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    file.truncate(position)
-                    break
-                starts[json.loads(line)["row"]] = position
-                position += len(line)
-        return starts
+        return {json.loads(line)["row"]: start for start, line in whole_lines(self.part)}
 
 
 def remove_rows(folder: str | Path, name: str) -> None:

@@ -1,0 +1,279 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+LLM as a judge (Appendix D.1, Table 10): how personal, and how well written, are the predictions of `trl-perce evaluate`?
+
+Two prompts, in the style of G-Eval (Liu et al. 2023): what is rated, by which criterion, in which steps, and a form that is one
+whole number. The wording is ours. G-Eval's weighting by token probabilities is not offered: many endpoints (among them
+`transformers serve`) return none, and what they return depends on the tokenizer; the mean over several sampled replies estimates
+the same figure with any endpoint.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..endpoint import Endpoint
+from ..files import written_whole
+from ..ratings import mean_of_known, parse_rating, to_percent
+
+
+logger = logging.getLogger(__name__)
+
+_FORM = """\
+Rate {name} with a whole number from 1 (worst) to 5 (best). Write the form below and nothing else.
+
+{name}: <a whole number from 1 to 5>"""
+
+PERSONALIZATION_PROMPT = (
+    """\
+You rate how well a response fits the person that it was written for.
+
+Criterion: {name}. {definition}
+
+Steps:
+{steps}
+
+What is known about the person:
+{persona}
+
+Query:
+{query}
+
+Response:
+{prediction}
+
+"""
+    + _FORM
+)
+
+QUALITY_PROMPT = (
+    """\
+You rate how well a response to a query is written.
+
+Criterion: {name}. {definition}
+
+Steps:
+{steps}
+
+Query:
+{query}
+
+Response:
+{prediction}
+
+"""
+    + _FORM
+)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """
+    One thing that the judge rates.
+
+    Attributes:
+        prompt (`str`): Text of the question, with places `{name}`, `{definition}`, `{steps}`, `{query}`, `{prediction}` and,
+            if the judge shall see it, `{persona}`.
+        definition (`str`): What is rated.
+        steps (`tuple[str, ...]`): How to come to the rating.
+    """
+
+    prompt: str
+    definition: str
+    steps: tuple[str, ...]
+
+    def messages(self, name: str, prediction: dict[str, Any]) -> list[dict[str, str]]:
+        """The question to the judge about a line of `predictions.jsonl`."""
+        steps = "\n".join(f"{number}. {step}" for number, step in enumerate(self.steps, 1))
+        texts = {key: prediction[key] for key in ("persona", "query", "prediction")}
+        content = self.prompt.format(name=name, definition=self.definition, steps=steps, **texts)
+        return [{"role": "user", "content": content}]
+
+
+CRITERIA = {
+    "personalization": Criterion(
+        PERSONALIZATION_PROMPT,
+        "Does the response use what is known about this person, their facts, tastes, opinions and way of writing, where the "
+        "query gives reason to? What fits anybody is worth little; what contradicts the person is worth least.",
+        (
+            "Read what is known about the person and note what matters for the query.",
+            "Read the response and find what it takes from that, in content and in style.",
+            "Take off for what contradicts the person or is merely copied without use for the query.",
+        ),
+    ),
+    "coherence": Criterion(
+        QUALITY_PROMPT,
+        "Do the sentences follow from each other and build one whole, in an order that makes sense?",
+        (
+            "Read the query and the response.",
+            "Check whether each sentence goes on from the one before, and whether the whole has a clear line.",
+        ),
+    ),
+    "consistency": Criterion(
+        QUALITY_PROMPT,
+        "Does the response agree with the query and with itself? Statements that contradict either are faults.",
+        (
+            "List what the query states and what the response states.",
+            "Look for statements of the response that contradict the query or each other.",
+        ),
+    ),
+    "fluency": Criterion(
+        QUALITY_PROMPT,
+        "Is the language of the response good: grammar, spelling, punctuation, choice of words, no repetition, no broken end?",
+        ("Read the response and note its faults of language.", "Judge how much they hinder reading."),
+    ),
+    "relevance": Criterion(
+        QUALITY_PROMPT,
+        "Does the response do what the query asks for, with what matters for it and nothing beside the point?",
+        ("Say what the query asks for.", "Check how much of it the response gives, and how much is beside the point."),
+    ),
+}
+
+
+@dataclass
+class Judgements:
+    """
+    What a judge says of `R` predictions.
+
+    Attributes:
+        scores (`dict[str, np.ndarray]`): Of each criterion an array of shape `(R,)` and dtype `float64`: the rating from 1 to
+            5 (the mean over the samples that could be read), NaN where none could.
+        unparsable (`dict[str, int]`): Of each criterion, replies without a rating, of `R * samples`.
+        replies (`dict[str, list[list[str]]]`): Of each criterion and prediction, what the judge wrote, one text a sample.
+    """
+
+    scores: dict[str, np.ndarray]
+    unparsable: dict[str, int]
+    replies: dict[str, list[list[str]]]
+
+    def summary(self) -> dict[str, dict[str, float | int | None]]:
+        """
+        Of each criterion: `"mean"` from 1 to 5 over the predictions with a rating, the same as `"percent"`
+        ([`~ratings.to_percent`]), both `None` where there is none; `"rated"`, the number of such predictions; `"rows"`; and
+        `"unparsable"` replies.
+        """
+        return {name: self._summary_of(name) for name in self.scores}
+
+    def _summary_of(self, name: str) -> dict[str, float | int | None]:
+        scores = self.scores[name]
+        rated = int(np.isfinite(scores).sum())
+        mean = float(mean_of_known(scores)) if rated else None
+        return {
+            "mean": mean,
+            "percent": None if mean is None else to_percent(mean),
+            "rated": rated,
+            "rows": len(scores),
+            "unparsable": self.unparsable[name],
+        }
+
+    def write(self, path: str | Path, predictions: list[dict[str, Any]]) -> None:
+        """
+        Write `judge.jsonl`: of each prediction a line `{"row", "id", "scores": {criterion: float or null}, "replies":
+        {criterion: [str, …]}}`.
+
+        Args:
+            path (`str` or `Path`): Where to.
+            predictions (`list[dict[str, Any]]`): Those that were judged.
+        """
+        with written_whole(path) as part, open(part, "w", encoding="utf-8") as file:
+            for index, prediction in enumerate(predictions):
+                scores = {name: float(values[index]) for name, values in self.scores.items()}
+                line = {
+                    "row": prediction["row"],
+                    "id": prediction.get("id"),
+                    "scores": {name: None if np.isnan(score) else score for name, score in scores.items()},
+                    "replies": {name: replies[index] for name, replies in self.replies.items()},
+                }
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def judge_predictions(
+    predictions: list[dict[str, Any]],
+    endpoint: Endpoint,
+    criteria: Sequence[str] = tuple(CRITERIA),
+    samples: int = 1,
+) -> Judgements:
+    """
+    Have a model rate predictions, one question a prediction, criterion and sample.
+
+    Args:
+        predictions (`list[dict[str, Any]]`): Lines of `predictions.jsonl`: `persona`, `query` and `prediction` are judged.
+        endpoint ([`~trl_perce.endpoint.Endpoint`]): The judge. Its file of answers makes a run that was killed go on.
+        criteria (`Sequence[str]`, *optional*): Of [`CRITERIA`]; all by default.
+        samples (`int`, *optional*, defaults to `1`): Replies to each question, of which the mean counts. More than one needs
+            an endpoint whose `temperature` is above 0; they go with the seeds 0, 1, ….
+
+    Returns:
+        [`Judgements`]: Ratings, counts and replies.
+
+    Raises:
+        `ValueError`: A criterion is not known, a prediction lacks a field, or `samples` does not go with the endpoint.
+    """
+    _check(predictions, endpoint, criteria, samples)
+    asked = [(name, prediction, seed) for name in criteria for prediction in predictions for seed in range(samples)]
+    replies = endpoint.ask(
+        [CRITERIA[name].messages(name, prediction) for name, prediction, _ in asked],
+        desc="Judge",
+        seeds=[seed for _, _, seed in asked] if samples > 1 else None,
+    )
+    shape = (len(criteria), len(predictions), samples)
+    grouped = np.array(replies, dtype=object).reshape(shape).tolist()
+    return read_judgements(dict(zip(criteria, grouped, strict=True)))
+
+
+def read_judgements(replies: dict[str, list[list[str]]]) -> Judgements:
+    """
+    The replies of a judge, read and counted.
+
+    Args:
+        replies (`dict[str, list[list[str]]]`): Of each criterion and prediction, what the judge wrote, one text a sample.
+
+    Returns:
+        [`Judgements`]: Ratings, counts and replies.
+    """
+    scores, unparsable = {}, {}
+    for name, of_rows in replies.items():
+        ratings = [[parse_rating(reply, name) for reply in of_row] for of_row in of_rows]
+        known = [[rating for rating in of_row if rating is not None] for of_row in ratings]
+        scores[name] = np.array([np.mean(of_row) if of_row else np.nan for of_row in known], dtype=float)
+        unparsable[name] = sum(of_row.count(None) for of_row in ratings)
+        if unparsable[name]:
+            logger.warning(
+                f"Judge, {name}: {unparsable[name]} of {sum(map(len, of_rows))} replies hold no rating. They are counted and "
+                "left out of the mean."
+            )
+    return Judgements(scores, unparsable, replies)
+
+
+def _check(predictions: list[dict[str, Any]], endpoint: Endpoint, criteria: Sequence[str], samples: int) -> None:
+    unknown = [name for name in criteria if name not in CRITERIA]
+    if unknown or not criteria:
+        raise ValueError(f"`criteria` is {list(criteria)}. Write some of {', '.join(map(repr, CRITERIA))}.")
+    if samples < 1 or (samples > 1 and endpoint.temperature == 0):
+        raise ValueError(
+            f"`samples` is {samples} and the endpoint's `temperature` {endpoint.temperature}. Write 1, or more with a "
+            "temperature above 0: without sampling, all replies are the same."
+        )
+    for index, prediction in enumerate(predictions):
+        missing = [key for key in ("row", "persona", "query", "prediction") if key not in prediction]
+        if missing:
+            raise ValueError(
+                f"Prediction {index} has no {', '.join(map(repr, missing))}; it has {', '.join(map(repr, prediction))}. "
+                "Give lines of 'predictions.jsonl' as `trl-perce evaluate` writes them."
+            )
