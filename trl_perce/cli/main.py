@@ -13,11 +13,11 @@
 import argparse
 import sys
 
-from . import score, train
+from . import evaluate, score, train
 
 
 # One module a command, with `HELP` and `run(argv)`
-COMMANDS = {"train": train, "score": score}
+COMMANDS = {"train": train, "score": score, "evaluate": evaluate}
 
 
 def main(argv: list[str] | None = None) -> int:
