@@ -1,0 +1,153 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+`trl-perce evaluate`: how well, and how personally, does a model answer a dataset's prompts?
+
+    trl-perce evaluate --model_name_or_path outputs/adapter --dataset_name ./data/product_review --output_dir evaluation
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .common import (
+    check_config_keys,
+    check_rest,
+    check_script_args,
+    disable_progress_bars,
+    load_data,
+    model_init_kwargs,
+)
+
+
+HELP = "Generate predictions and measure overlap with the references, use of the persona and likelihood"
+_MODEL_SETTINGS = [
+    *("model_revision", "dtype", "attn_implementation", "load_in_4bit", "load_in_8bit"),
+    *("bnb_4bit_quant_type", "use_bnb_nested_quant"),
+]
+
+
+def make_parser():
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+    from trl_perce.evaluation.evaluate import EvaluationArguments
+    from trl_perce.evaluation.generate import GenerationArguments
+
+    @dataclass
+    class EvaluateArguments(ScriptArguments):
+        """Which rows of which dataset, and which adapter. The rest is in the other dataclasses."""
+
+        adapter: str | None = field(
+            default=None,
+            metadata={"help": "Folder or name of a PEFT adapter to put on the model. Or give it as the model itself."},
+        )
+        dataset_split: str | None = field(
+            default=None,
+            metadata={"help": "Split to evaluate on. Defaults to `dataset_test_split`, a recipe's 'test'."},
+        )
+        max_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows only."})
+
+    return TrlParser(
+        (EvaluateArguments, EvaluationArguments, GenerationArguments, ModelConfig, DatasetMixtureConfig),
+        prog="trl-perce evaluate",
+        description=f"{HELP}. Takes a training recipe with --config, whose arguments that do not matter here are ignored: give "
+        "the trained model or adapter beside it. Writes predictions.jsonl, metrics.jsonl, metrics.json and report.md to "
+        "--output_dir. Called again, it goes on where it stopped.",
+    )
+
+
+def run(argv: list[str]) -> int:
+    """
+    Evaluate a model on a dataset, and print the results.
+
+    Args:
+        argv (`list[str]`): Arguments after `trl-perce evaluate`.
+
+    Returns:
+        `int`: Exit code. Arguments or rows that are wrong exit with 2, before a model loads; an endpoint that fails exits with 1.
+    """
+    parser = make_parser()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        check_config_keys(parser, argv)
+        # A recipe may have arguments of `accelerate launch`, which do not matter here
+        script_args, options, args, model_args, dataset_args, _, unknown = parser.parse_args_and_config(
+            argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
+        check_rest(parser, unknown, launch=False)
+        check_script_args(script_args, model_args, dataset_args)
+        if not any(arg.split("=")[0].replace("-", "_") == "__output_dir" for arg in argv):
+            args.output_dir = f"{args.output_dir.rstrip('/')}-evaluation"  # a recipe's is that of the training
+        evaluation = _make_evaluation(script_args, options, args, model_args, dataset_args)
+    except (ValueError, TypeError, OSError, ImportError) as error:  # `OSError`: there is no such file, or model
+        parser.exit(2, f"trl-perce evaluate: error: {error}\n")
+    _run(parser, evaluation)
+    return 0
+
+
+def _make_evaluation(script_args, options, args, model_args, dataset_args):
+    from trl import get_quantization_config
+
+    from trl_perce.evaluation.evaluate import Evaluation
+    from trl_perce.loading import find_adapter
+
+    if script_args.max_rows is not None and script_args.max_rows < 1:
+        raise ValueError(f"`max_rows` is {script_args.max_rows}. Write a positive number of rows, or leave it out.")
+    args.model_init_kwargs = model_init_kwargs(model_args, args)
+    quantization = get_quantization_config(model_args)
+    if quantization is not None:
+        args.model_init_kwargs["quantization_config"] = quantization
+    rows, split = _load_rows(script_args, dataset_args)
+    base, adapter = find_adapter(model_args.model_name_or_path, script_args.adapter)
+    settings = {
+        "model": base,
+        "adapter": adapter,
+        "dataset": script_args.dataset_name or [mixed.path for mixed in dataset_args.datasets],
+        "split": split,
+        **{name: getattr(model_args, name) for name in _MODEL_SETTINGS},
+    }
+    return Evaluation(base, None, rows, args.output_dir, args, options, settings, adapter, say=print)
+
+
+def _load_rows(script_args, dataset_args):
+    splits = load_data(script_args, dataset_args)
+    split = script_args.dataset_split or script_args.dataset_test_split
+    if split not in splits and script_args.dataset_split is None and len(splits) == 1:
+        split = next(iter(splits))  # one file of rows
+    if split not in splits:
+        raise ValueError(
+            f"The dataset has no split {split!r}; it has {', '.join(map(repr, splits))}. Set `dataset_split`."
+        )
+    dataset, rows = splits[split], script_args.max_rows
+    return (dataset if rows is None else dataset.take(rows)), split
+
+
+def _run(parser, evaluation) -> None:
+    from rich.console import Console
+
+    from trl_perce import PersonaError
+    from trl_perce.endpoint import EndpointError
+    from trl_perce.evaluation.report import print_result
+
+    try:
+        result = evaluation.run()
+    except PersonaError as error:
+        parser.exit(2, f"trl-perce evaluate: error: {error}\n")
+    except EndpointError as error:
+        parser.exit(1, f"trl-perce evaluate: error: {error}\n")
+    console = Console(highlight=False)
+    print_result(result, console)
+    names = ["predictions.jsonl", "metrics.jsonl", "metrics.json", "report.md"]
+    folder = Path(evaluation.folder)
+    console.print(f"Written to {folder}: {', '.join(names)}", markup=False, soft_wrap=True)

@@ -1,0 +1,428 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The evaluation of a model on rows: predictions, their overlap with the references, uptake of the persona, likelihoods, a judge.
+
+    predictions.jsonl ──► metrics, uptake ──┐
+    scores/scores.jsonl ──► likelihoods ────┼──► metrics.jsonl (rows) ──► metrics.json (means, intervals) ──► report.md
+    judge.jsonl ────────────────────────────┘
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peft import PeftModel
+
+from ..checks import load_tokenizer
+from ..config import copy_config
+from ..files import written_whole
+from ..loading import find_adapter, load_model, load_scoring_tokenizer
+from ..percontrast import PerContrast
+from ..persona import PersonaError
+from ..preparation import Preparation
+from ..row_file import RowFile, remove_rows
+from ..score_file import ScoreFile, remove_scores
+from ..scores import TokenScores
+from .generate import GenerationArguments, TransformersGenerator, VLLMGenerator, import_vllm
+from .likelihood import likelihood_values, score_swapped, token_likelihoods
+from .metrics import text_metrics
+from .predictions import make_prompts, other_rows
+from .report import write_report
+from .results import compare, read_baseline, read_lines, summarise
+from .uptake import persona_uptakes
+
+
+logger = logging.getLogger(__name__)
+
+PREDICTIONS = "predictions.jsonl"
+# Settings that predictions and scores depend on
+_SHARED_SETTINGS = [
+    *("max_length", "truncate_persona", "chat_template_path", "eos_token", "bf16", "fp16"),
+    *("persona_start_marker", "persona_end_marker"),
+]
+_GENERATION_SETTINGS = ["temperature", "top_p", "max_new_tokens", "guidance_scale", "seed"]
+_SCORE_SETTINGS = ["counterfactual", "personal_threshold", "truncation_mode"]
+
+
+@dataclass
+class EvaluationArguments:
+    """
+    What is evaluated.
+
+    Parameters:
+        metrics (`list[str]`, *optional*, defaults to `["rouge", "meteor"]`):
+            Of [`~metrics.text_metrics`]: `"rouge"`, `"meteor"`, `"bleu"`.
+        likelihood (`bool`, *optional*, defaults to `True`):
+            Whether the log-likelihood of the references' personal and other tokens is computed. On by default: it tells models
+            apart that overlap with one reference does not, and costs a few forward passes, little beside generation.
+        reference_scores (`str`, *optional*):
+            Folder with `scores.jsonl` of the same rows, from `trl-perce score` or another evaluation (`…/scores`), which decides
+            which tokens are personal: that of the untrained model. If `None`, an adapter's base model decides, and a model
+            without an adapter decides itself.
+        swap_persona (`bool`, *optional*, defaults to `False`):
+            Whether predictions and likelihoods are made with another user's persona, too, which tells use of the right persona from
+            copying whatever persona there is. Doubles the cost of generation.
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Whether vLLM generates the predictions.
+        judge_base_url (`str`, *optional*):
+            OpenAI-compatible endpoint of a judge ([`~judge.judge_predictions`]). The key is read from `OPENAI_API_KEY`.
+        judge_model (`str`, *optional*):
+            The judge's name there.
+        baseline (`str`, *optional*):
+            Folder of another evaluation of the same rows, which this one is compared with, row by row.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether earlier results are removed from the folder instead of going on with them.
+    """
+
+    metrics: list[str] = field(
+        default_factory=lambda: ["rouge", "meteor"], metadata={"help": "Of 'rouge', 'meteor', 'bleu'."}
+    )
+    likelihood: bool = field(
+        default=True, metadata={"help": "Compute the log-likelihood of the references' personal and other tokens."}
+    )
+    reference_scores: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder with scores.jsonl of the same rows (of the untrained model) that decides which tokens are personal. By "
+            "default an adapter's base model decides, and a model without an adapter itself."
+        },
+    )
+    swap_persona: bool = field(
+        default=False, metadata={"help": "Generate and score with another user's persona, too. Doubles the cost."}
+    )
+    use_vllm: bool = field(default=False, metadata={"help": "Generate with vLLM."})
+    judge_base_url: str | None = field(default=None, metadata={"help": "OpenAI-compatible endpoint of a judge."})
+    judge_model: str | None = field(default=None, metadata={"help": "The judge's name at the endpoint."})
+    baseline: str | None = field(
+        default=None, metadata={"help": "Folder of another evaluation of the same rows to compare with."}
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Remove earlier results from `output_dir` instead of going on with them."}
+    )
+
+    def __post_init__(self):
+        if (self.judge_base_url is None) != (self.judge_model is None):
+            raise ValueError("`judge_base_url` and `judge_model` belong together. Set both, or neither.")
+
+
+def evaluate(
+    model,
+    tokenizer,
+    rows: Iterable[dict[str, Any]],
+    folder: str | Path,
+    args: GenerationArguments,
+    options: EvaluationArguments | None = None,
+    settings: dict[str, Any] | None = None,
+    adapter: str | None = None,
+    say: Callable[[str], None] = logger.info,
+) -> dict[str, Any]:
+    """
+    Evaluate a model on rows. Called again with the same folder, it goes on where it stopped and does nothing twice.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): Name or folder of a model or of an adapter, which is
+            loaded when a step needs it; or a model, which is run where it is, with its adapters, and left as it was.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or `None`): If `None`, it is loaded from the model's name.
+        rows (iterable of `dict`): Rows with `prompt`, `completion`, a persona, and if possible `user` and `id`.
+        folder (`str` or `Path`): Where to write `predictions.jsonl`, `metrics.jsonl`, `metrics.json`, `report.md`, and the rest.
+        args ([`GenerationArguments`]): Configuration of generation and scoring. Of a reference only the response is scored, as with
+            `completion_only_loss=True`.
+        options ([`EvaluationArguments`], *optional*): What to evaluate.
+        settings (`dict[str, Any]`, *optional*): What identifies the model, as JSON takes it (its name, the training run). Earlier
+            results in the folder are used only where it is the same. By default the names of model and adapter.
+        adapter (`str`, *optional*): Name or folder of an adapter to put on the model, where `model` is a name.
+        say (`Callable[[str], None]`, *optional*): Takes a line about each step. By default it is logged.
+
+    Returns:
+        `dict[str, Any]`: What `metrics.json` holds: `"rows"`, `"predicted"`, `"trimmed"`, `"settings"`, `"personal_by"`,
+            `"metrics"` (`{name: {"mean", "interval", "rows"}}`), `"judge"` and `"baseline"` (`None`, or `"folder"` and `"tests"`).
+
+    Raises:
+        `PersonaError`: A row's persona is unclear; the message names the row.
+        `ValueError`: Options or rows do not fit, or the folder holds results of other settings.
+        `FileNotFoundError`: A folder that an option names, or NLTK's data for METEOR, are not there.
+    """
+    evaluation = Evaluation(model, tokenizer, rows, folder, args, options, settings, adapter, say)
+    return evaluation.run()
+
+
+class Evaluation:
+    """
+    One evaluation. What can be wrong with options, rows and earlier results is found when it is made, before a model loads;
+    [`~Evaluation.run`] does the rest. Arguments and errors are those of [`evaluate`].
+    """
+
+    def __init__(
+        self, model, tokenizer, rows, folder, args, options=None, settings=None, adapter=None, say=logger.info
+    ):
+        self.options = options or EvaluationArguments()
+        self.args = copy_config(args, completion_only_loss=True, assistant_only_loss=False)
+        self.folder, self.say = Path(folder), say
+        self.rows = [*rows]
+        self.model, self.base, self.adapter = model, None, None
+        if isinstance(model, str):
+            self.base, self.adapter = find_adapter(model, adapter)
+            self.tokenizer = load_scoring_tokenizer(self.base, self.adapter, self.args, tokenizer)
+        else:
+            self.tokenizer = load_tokenizer(model, self.args, tokenizer)
+        self._check_options()
+        prepared = Preparation(self.tokenizer, self.args).tokenizer
+        self.prompts = make_prompts(self.rows, prepared, self.args)
+        self.swapped = make_prompts(self.rows, prepared, self.args, True) if self.options.swap_persona else None
+        self.users = [None if row.get("user") is None else str(row["user"]) for row in self.rows]
+        baseline = self.options.baseline
+        self.baseline = None if baseline is None else read_baseline(baseline, self.prompts)
+        names = {"model": self.base, "adapter": self.adapter} if self.base else {}
+        self.settings = {**(settings or names), "rows": len(self.rows), "fingerprint": _fingerprint(self.rows)}
+        self._vllm, self.personal_by = None, None
+        self._open_files()
+
+    def run(self) -> dict[str, Any]:
+        """Do what is not done yet, write the results, and return what `metrics.json` holds."""
+        predictions = self._predictions(self.file, self.prompts, False)
+        swapped = self._predictions(self.swapped_file, self.swapped, True) if self.swapped is not None else None
+        values = self._text_values(predictions, swapped)
+        if self.options.likelihood:
+            values |= self._likelihood_values()
+        judged = None
+        if self.options.judge_base_url is not None:
+            judged, judge_values = self._judge(predictions)
+            values |= judge_values
+        result = self._result(values, judged)
+        lines = [
+            {"row": index, "id": row.get("id"), "user": self.users[index]}
+            | {name: _plain(own[index]) for name, own in values.items()}
+            for index, row in enumerate(self.rows)
+        ]
+        with written_whole(self.folder / "metrics.jsonl") as part:
+            part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        with written_whole(self.folder / "metrics.json") as part:
+            part.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_report(result, predictions, self.folder / "report.md")
+        return result
+
+    # ── before the model loads ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _check_options(self) -> None:
+        options = self.options
+        text_metrics([], [], metrics=options.metrics)  # unknown names, missing packages and data
+        if self.args.counterfactual == "swap":
+            raise ValueError(
+                "`counterfactual='swap'` is not for evaluation. Set `swap_persona`, and `counterfactual='drop'`."
+            )
+        if options.reference_scores is not None and not (Path(options.reference_scores) / "scores.jsonl").is_file():
+            raise FileNotFoundError(
+                f"`reference_scores`: there is no 'scores.jsonl' in {options.reference_scores!r}. Give the output folder of "
+                "`trl-perce score`, or the folder 'scores' of another evaluation."
+            )
+        if options.use_vllm:
+            if not isinstance(self.model, str):
+                raise ValueError("`use_vllm` needs the name or folder of a model, and got one that is loaded already.")
+            if self.args.guidance_scale != 1:
+                raise ValueError("`use_vllm` does not go with `guidance_scale`. Leave one of them out.")
+            import_vllm()
+
+    def _open_files(self) -> None:
+        folder = self.folder
+        parts = {"scores": folder / "scores", "reference": folder / "reference", "swapped": folder / "scores_swapped"}
+        if self.options.overwrite:
+            for own in (folder, folder / "swapped"):
+                remove_rows(own, PREDICTIONS)
+            for own in parts.values():
+                remove_scores(own)
+            for name in ("metrics.json", "metrics.jsonl", "report.md", "judge.jsonl"):
+                (folder / name).unlink(missing_ok=True)
+        shared = self.settings | {name: getattr(self.args, name) for name in _SHARED_SETTINGS}
+        generation = {name: getattr(self.args, name) for name in _GENERATION_SETTINGS}
+        generation["use_vllm"] = self.options.use_vllm
+        scoring = shared | {name: getattr(self.args, name) for name in _SCORE_SETTINGS}
+        self.file = RowFile(folder, PREDICTIONS, shared | generation)
+        if self.options.swap_persona:
+            self.swapped_file = RowFile(folder / "swapped", PREDICTIONS, shared | generation | {"swap_persona": True})
+        is_adapter = self.adapter is not None or isinstance(self.model, PeftModel)
+        names = (["scores"] if self.options.likelihood else []) + (["swapped"] if self._scores_swapped else [])
+        if self.options.likelihood and is_adapter and self.options.reference_scores is None:
+            names.append("reference")
+        self.score_files = {name: ScoreFile(parts[name], scoring | {"scored": name}) for name in names}
+        missing = [name for name, file in self.score_files.items() if not file.is_finished]
+        if self.options.use_vllm and missing and not self.file.is_finished:
+            raise ValueError(
+                "`use_vllm` holds the GPU's memory, in which the likelihoods' model has no room. Call with `--likelihood False` "
+                "first, then again without it: the predictions are kept."
+            )
+
+    @property
+    def _scores_swapped(self) -> bool:
+        return self.options.likelihood and self.options.swap_persona
+
+    # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _loaded(self):
+        if isinstance(self.model, str):
+            self.model = load_model(self.base, self.adapter, self.args)
+        return self.model
+
+    def _predictions(self, file: RowFile, prompts, is_swapped: bool) -> list[dict[str, Any]]:
+        what = "predictions with swapped personas" if is_swapped else "predictions"
+        if file.done:
+            self.say(f"{len(file.done)} {what} are there already.")
+        if not file.is_finished:
+            if self.options.use_vllm:
+                if self._vllm is None:
+                    self._vllm = VLLMGenerator(self.adapter or self.base, self.tokenizer, self.args)
+                generator = self._vllm
+            else:
+                generator = TransformersGenerator(self._loaded(), self.tokenizer, self.args)
+            done, started = len(file.done), time.time()
+            file.append_lines(generator.iterate(prompts, frozenset(file.done)))
+            self.say(f"Generated {len(file.done) - done} {what} in {time.time() - started:.1f} s.")
+            file.finish()
+        return [*file.lines()]
+
+    def _text_values(self, predictions, swapped) -> dict[str, np.ndarray]:
+        """Overlap and uptake, of the predictions and of those with swapped personas."""
+        self.digest = _fingerprint([self.options.metrics, predictions, swapped])
+        values = self._earlier_values()
+        if values is None:
+            values = self._metrics_of(predictions)
+            if swapped is not None:
+                values |= {f"swapped/{name}": own for name, own in self._metrics_of(swapped, predictions).items()}
+        self.text_names = [*values]
+        return values
+
+    def _earlier_values(self) -> dict[str, np.ndarray] | None:
+        """The values of the last call, where they are of the same predictions and metrics."""
+        result, lines = self.folder / "metrics.json", self.folder / "metrics.jsonl"
+        if not (result.is_file() and lines.is_file()):
+            return None
+        earlier = json.loads(result.read_text(encoding="utf-8"))["text_metrics"]
+        if earlier["digest"] != self.digest:
+            return None
+        rows = [*read_lines(lines)]
+        return {name: np.array([row[name] for row in rows], dtype=float) for name in earlier["names"]}
+
+    def _metrics_of(self, predictions, with_own=None) -> dict[str, np.ndarray]:
+        """
+        Metrics of predictions. `with_own` are those with the rows' own personas, where `predictions` were made with others'.
+        """
+        texts, queries = ([line[key] for line in predictions] for key in ("prediction", "query"))
+        personas = [line["persona"] for line in predictions]
+        values = dict(text_metrics(texts, [line["reference"] for line in predictions], metrics=self.options.metrics))
+        if with_own is not None:
+            own = {line["row"]: line["persona"] for line in with_own}
+            values["uptake/other"] = persona_uptakes(texts, personas, queries)  # of the persona that was in the prompt
+            values["uptake/own"] = persona_uptakes(texts, [own[line["row"]] for line in predictions], queries)
+        else:
+            values["uptake/own"] = persona_uptakes(texts, personas, queries)
+            try:
+                others = other_rows([line["user"] for line in predictions], personas)
+            except PersonaError as error:
+                self.say(f"No uptake of another user's persona to compare with. {error}")
+            else:
+                values["uptake/other"] = persona_uptakes(texts, [personas[other] for other in others], queries)
+        values["num_tokens"] = np.array([line["num_tokens"] for line in predictions], dtype=float)
+        values["finished"] = np.array([line["finished"] for line in predictions], dtype=float)
+        return {name: self._by_row(predictions, own) for name, own in values.items()}
+
+    def _by_row(self, predictions, own: np.ndarray) -> np.ndarray:
+        """Values of predictions as values of all rows, NaN for those that were left out."""
+        values = np.full(len(self.rows), np.nan)
+        values[[line["row"] for line in predictions]] = own
+        return values
+
+    def _likelihood_values(self) -> dict[str, np.ndarray]:
+        scores = self._scores("scores")
+        if self.options.reference_scores is not None:
+            reference, self.personal_by = self._given_reference(), self.options.reference_scores
+        elif "reference" in self.score_files:
+            reference, self.personal_by = self._scores("reference"), "the base model, without its adapter"
+        else:
+            reference, self.personal_by = scores, "the evaluated model itself"
+        swapped = self._scores("swapped") if self._scores_swapped else None
+        return likelihood_values(token_likelihoods(scores, reference, swapped))
+
+    def _scores(self, name: str) -> list[TokenScores]:
+        file = self.score_files[name]
+        if not file.is_finished:
+            model = self._loaded()
+            scorer = PerContrast(model, self.tokenizer, self.args)
+            prepared, done, started = scorer.prepare(self.rows), frozenset(file.done), time.time()
+            if name == "reference":
+                with model.disable_adapter():
+                    file.append(scorer.iterate(prepared, done))
+            elif name == "swapped":
+                file.append(score_swapped(scorer, prepared, self.users, done))
+            else:
+                file.append(scorer.iterate(prepared, done))
+            self.say(f"Scored {len(file.done) - len(done)} rows ({name}) in {time.time() - started:.1f} s.")
+            file.finish()
+        return [*file]
+
+    def _given_reference(self) -> list[TokenScores]:
+        lines = read_lines(Path(self.options.reference_scores) / "scores.jsonl")
+        by_row = {line["row"]: TokenScores.from_dict(line) for line in lines}
+        missing = [row for row in range(len(self.rows)) if row not in by_row]
+        if missing:
+            raise ValueError(
+                f"`reference_scores`: {self.options.reference_scores!r} has no scores of {len(missing)} rows, first row "
+                f"{missing[0]}. Score the same rows."
+            )
+        return [by_row[row] for row in range(len(self.rows))]
+
+    def _judge(self, predictions) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        from ..endpoint import Endpoint
+        from .judge import judge_predictions
+
+        endpoint = Endpoint(
+            self.options.judge_base_url, self.options.judge_model, cache_path=self.folder / "judge_answers.jsonl"
+        )
+        judged = judge_predictions(predictions, endpoint)
+        judged.write(self.folder / "judge.jsonl", predictions)
+        values = {f"judge/{name}": self._by_row(predictions, own) for name, own in judged.scores.items()}
+        return {"model": self.options.judge_model, "criteria": judged.summary()}, values
+
+    # ── results ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _result(self, values: dict[str, np.ndarray], judged: dict[str, Any] | None) -> dict[str, Any]:
+        trimmed = [prompt.trimmed for prompt in self.prompts if prompt.trimmed]
+        compared = None
+        if self.baseline is not None:
+            tests = compare(values, self.baseline, self.users)
+            compared = {"folder": self.options.baseline, "tests": tests}
+        used = {name: getattr(self.args, name) for name in _SHARED_SETTINGS + _GENERATION_SETTINGS + _SCORE_SETTINGS}
+        return {
+            "rows": len(self.rows),
+            "predicted": len(self.prompts),
+            "trimmed": {"rows": len(trimmed), "tokens": sum(trimmed)},
+            "settings": self.settings | used,
+            "personal_by": self.personal_by,
+            "metrics": summarise(values, self.users),
+            "judge": judged,
+            "baseline": compared,
+            "text_metrics": {"digest": self.digest, "names": self.text_names},
+        }
+
+
+def _fingerprint(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _plain(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

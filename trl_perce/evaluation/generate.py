@@ -1,0 +1,367 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Predictions, as they are finished:
+
+    generator = TransformersGenerator("outputs/adapter", max_new_tokens=512)
+    for prediction in generator.generate(rows):
+        print(prediction["prediction"])
+"""
+
+import math
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftConfig, PeftModel
+from tqdm.auto import tqdm
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..checks import keep_4bit_weights_trainable_on_cpu, load_tokenizer
+from ..config import PerContrastConfig
+from ..estep import split_into_chunks
+from ..loading import find_adapter, load_model, load_scoring_tokenizer
+from ..preparation import Preparation
+from .predictions import Prompt, make_prompts, stop_tokens, to_prediction
+
+
+# Rows that vLLM is given at a time. It batches by itself; what is finished is written in between.
+_VLLM_ROWS = 256
+
+
+@dataclass
+class GenerationArguments(PerContrastConfig):
+    r"""
+    Configuration of the generation of predictions.
+
+    [`GenerationArguments`] inherits every parameter of [`PerContrastConfig`], so that one object configures generation and
+    scoring, and a training recipe can be used for both. `max_length`, `truncate_persona`, `chat_template_path`, `eos_token`,
+    the persona's markers, `bf16`, `fp16` and `seed` matter here.
+
+    Parameters:
+        temperature (`float`, *optional*, defaults to `0.4`):
+            Of sampling (PerCE paper: 0.4). 0 is greedy.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Samples only from the likeliest tokens that have this probability together. What the model's own generation
+            configuration says of sampling is not heeded, so that models are compared alike.
+        max_new_tokens (`int`, *optional*, defaults to `512`):
+            Tokens that a prediction may have (PerCE paper: 512). Prompts have `max_length - max_new_tokens`.
+        guidance_scale (`float`, *optional*, defaults to `1.0`):
+            Scale `g` of persona guidance: the next token is drawn from `log P(y|x) + g (log P(y|p, x) − log P(y|x))`, with the
+            prompt without its persona as Transformers' negative prompt. Over 1 the persona counts more, 0 leaves it out. 1 is
+            none; others cost a second forward pass.
+        generation_batch_tokens (`int`, *optional*, defaults to `16384`):
+            Tokens (prompt, padding and `max_new_tokens` of each row) of one batch. Changes speed, memory and rounding.
+
+    Raises:
+        `ValueError`: A value is out of its range; the message says which and what to write instead.
+    """
+
+    temperature: float = field(default=0.4, metadata={"help": "Temperature of sampling; 0 is greedy."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Sample from the likeliest tokens that have this probability together."}
+    )
+    max_new_tokens: int = field(default=512, metadata={"help": "Tokens that a prediction may have."})
+    guidance_scale: float = field(
+        default=1.0, metadata={"help": "Persona guidance at decoding: over 1 the persona counts more. 1 is none."}
+    )
+    generation_batch_tokens: int = field(
+        default=16384, metadata={"help": "Tokens of one batch of generation: prompts, padding and `max_new_tokens`."}
+    )
+
+    def __post_init__(self):
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"`temperature` is {self.temperature}. Write 0 (greedy) or a positive number.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` is {self.top_p}. Write a number over 0 and up to 1.")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"`guidance_scale` is {self.guidance_scale}. Write a finite number, 1 for no guidance.")
+        for name in ("max_new_tokens", "generation_batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. Write a positive number of tokens.")
+        if self.max_length is not None and self.max_length <= self.max_new_tokens:
+            raise ValueError(
+                f"`max_length={self.max_length}` leaves no room for a prompt beside `max_new_tokens={self.max_new_tokens}`. "
+                "Raise `max_length` (the PerCE paper has 5000), or lower `max_new_tokens`."
+            )
+        super().__post_init__()
+
+
+class _Generator:
+    """What the generators share: arguments, prompts and the progress bar."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, args: GenerationArguments):
+        self.args = args
+        self.tokenizer = Preparation(tokenizer, args).tokenizer  # with the chat template of `args`
+
+    def generate(
+        self, rows: Iterable[dict[str, Any]], done: Collection[int] = (), swap_persona: bool = False
+    ) -> Iterator[dict[str, Any]]:
+        """
+        Generate a prediction for each row.
+
+        Args:
+            rows (iterable of `dict` or [`~datasets.Dataset`]): Rows with `prompt`, `completion` and a persona ([`make_prompts`]).
+            done (`Collection[int]`, *optional*): Indices of rows to pass over.
+            swap_persona (`bool`, *optional*, defaults to `False`): Whether each row gets the persona of the next row with another
+                user's: what of the persona still comes up then is not owed to it.
+
+        Yields:
+            `dict[str, Any]`: Predictions ([`to_prediction`]), those of a batch as soon as it is finished, in no order.
+
+        Raises:
+            `PersonaError`: A row's persona is unclear; the message names the row.
+            `ValueError`: There is no row, or a row is not of the type prompt-completion.
+        """
+        yield from self.iterate(make_prompts(rows, self.tokenizer, self.args, swap_persona), done)
+
+    def iterate(self, prompts: list[Prompt], done: Collection[int] = ()) -> Iterator[dict[str, Any]]:
+        """
+        Generate a prediction for each prompt.
+
+        Args:
+            prompts (`list[Prompt]`): From [`make_prompts`].
+            done (`Collection[int]`, *optional*): Indices of rows to pass over. A batch of which any is missing is generated as a
+                whole, so that a run that was killed ends as if it had not been.
+
+        Yields:
+            `dict[str, Any]`: As [`~TransformersGenerator.generate`].
+        """
+        missing = sum(prompt.row not in done for prompt in prompts)
+        with tqdm(total=missing, unit="row", desc="Generating", disable=self.args.disable_tqdm or None) as bar:
+            for batch in self._batches(prompts):
+                if all(prompt.row in done for prompt in batch):
+                    continue
+                for prompt, tokens in zip(batch, self._generate(batch), strict=True):
+                    if prompt.row not in done:
+                        bar.update()
+                        yield to_prediction(prompt, tokens, self.stop, self.tokenizer)
+
+
+class TransformersGenerator(_Generator):
+    """
+    Generates with Transformers: rows batched by length, the longest first, padded on the left.
+
+    A row's tokens are drawn with random numbers of its own, from `args.seed` and the row's index. On one kind of device they do not
+    depend on which other rows there are, how they are batched, or whether the run was killed in between; batches only round
+    logits differently, which can tip a token that is as good as tied.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Name or folder of a model or of an adapter, which is loaded with `model_init_kwargs` (its own dtype by default); or a
+            model, which is run where it is, with its adapters, in evaluation mode. It is left as it was.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer. If `None`, it is loaded from the model's name.
+        args ([`GenerationArguments`], *optional*):
+            Configuration. If `None`, it is made of `config`.
+        **config:
+            Fields of [`GenerationArguments`], such as `temperature=0`.
+    """
+
+    def __init__(
+        self,
+        model,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        args: GenerationArguments | None = None,
+        **config,
+    ):
+        args = GenerationArguments(**config) if args is None else args
+        if isinstance(model, str):
+            base, adapter = find_adapter(model)
+            tokenizer = load_scoring_tokenizer(base, adapter, args, processing_class)
+            model = load_model(base, adapter, args)
+        else:
+            tokenizer = load_tokenizer(model, args, processing_class)
+        super().__init__(tokenizer, args)
+        self.model = model
+        self._base = extract_model_from_parallel(model)
+        if isinstance(self._base, PeftModel):
+            self._base = self._base.get_base_model()
+        self.stop = stop_tokens(self.tokenizer, self._base.generation_config)
+
+    def _batches(self, prompts: list[Prompt]) -> list[list[Prompt]]:
+        lengths = [len(prompt.input_ids) + self.args.max_new_tokens for prompt in prompts]
+        guided = self.args.guidance_scale != 1
+        if guided:
+            lengths = [2 * length for length in lengths]
+        # Transformers gives the negative prompts' pass no positions: where they are not relative, padding would shift them
+        alone = guided and "rope_parameters" not in self._base.config.get_text_config().to_dict()
+        chunks = split_into_chunks(lengths, 1 if alone else self.args.generation_batch_tokens, padded=True)
+        return [[prompts[index] for index in chunk] for chunk in chunks]
+
+    @torch.no_grad()
+    def _generate(self, prompts: list[Prompt]) -> list[list[int]]:
+        ids, mask = self._left_padded([prompt.input_ids for prompt in prompts])
+        guidance = {}
+        if self.args.guidance_scale != 1:
+            negative = self._left_padded([prompt.counterfactual_ids for prompt in prompts])
+            guidance = dict(zip(("negative_prompt_ids", "negative_prompt_attention_mask"), negative, strict=True))
+        with self._generating():
+            output = extract_model_from_parallel(self.model).generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=self._config(),
+                logits_processor=self._samplers(prompts, ids.device),
+                **guidance,
+            )
+        return output[:, ids.shape[1] :].tolist()
+
+    def _left_padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask, of shape `(rows, longest)`, on the model's device."""
+        longest, device = max(map(len, rows)), next(self.model.parameters()).device
+        ids = torch.tensor([[self._pad] * (longest - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+        return ids, mask
+
+    @property
+    def _pad(self) -> int:
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0  # hidden by the mask
+
+    def _config(self) -> GenerationConfig:
+        # `generate` takes from the model's own configuration what is not set here. Sampling is ours: see `_RowSampler`.
+        return GenerationConfig(
+            **{"max_new_tokens": self.args.max_new_tokens, "guidance_scale": self.args.guidance_scale},
+            **{"eos_token_id": sorted(self.stop) or None, "pad_token_id": self._pad, "use_cache": True},
+            **{"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0},
+            **{"num_beams": 1, "return_dict_in_generate": False},
+        )
+
+    def _samplers(self, prompts: list[Prompt], device: torch.device) -> LogitsProcessorList:
+        samplers = LogitsProcessorList()
+        if self.args.temperature:
+            samplers.append(TemperatureLogitsWarper(float(self.args.temperature)))
+            if self.args.top_p < 1:
+                samplers.append(TopPLogitsWarper(self.args.top_p))
+            samplers.append(_RowSampler([row_seed(self.args.seed, prompt.row) for prompt in prompts], device))
+        return samplers
+
+    @contextmanager
+    def _generating(self):
+        """The model in evaluation mode, and back as it was."""
+        keep_4bit_weights_trainable_on_cpu(self._base)
+        training = {module: module.training for module in self.model.modules()}
+        dtype = torch.float16 if self.args.fp16 else torch.bfloat16
+        device = next(self.model.parameters()).device.type
+        try:
+            self.model.eval()
+            with torch.autocast(device, dtype, enabled=self.args.fp16 or self.args.bf16):
+                yield
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+
+
+class VLLMGenerator(_Generator):
+    """
+    Generates with vLLM (`pip install vllm`, on a machine with a supported GPU), which is much faster than Transformers and batches
+    by itself. Each row has a seed of its own.
+
+    Written after vLLM's documented `LLM.generate` and `LoRARequest`; it was not run where this library was written.
+
+    Args:
+        model (`str`): Name or folder of a model or of a LoRA adapter.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer. If `None`, it is loaded from the model's name.
+        args ([`GenerationArguments`], *optional*):
+            Configuration. If `None`, it is made of `config`.
+        **config:
+            Fields of [`GenerationArguments`], such as `temperature=0`.
+
+    Raises:
+        `ImportError`: vLLM is not installed.
+        `ValueError`: `guidance_scale` is not 1, which vLLM does not do.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        args: GenerationArguments | None = None,
+        **config,
+    ):
+        args = GenerationArguments(**config) if args is None else args
+        if args.guidance_scale != 1:
+            raise ValueError("vLLM has no `guidance_scale`. Set it to 1, or generate with Transformers.")
+        vllm = import_vllm()
+        base, adapter = find_adapter(model)
+        super().__init__(load_scoring_tokenizer(base, adapter, args, processing_class), args)
+        kwargs = {name: (args.model_init_kwargs or {}).get(name) for name in ("revision", "dtype")}
+        kwargs |= {"max_model_len": args.max_length, "seed": args.seed, "trust_remote_code": args.trust_remote_code}
+        if adapter is not None:
+            kwargs |= {
+                "enable_lora": True,
+                "max_lora_rank": max(8, 2 ** (PeftConfig.from_pretrained(adapter).r - 1).bit_length()),
+            }
+        self._vllm = vllm
+        self.model = vllm.LLM(base, **{name: value for name, value in kwargs.items() if value is not None})
+        self._lora = None if adapter is None else vllm.lora.request.LoRARequest("adapter", 1, adapter)
+        self.stop = stop_tokens(self.tokenizer, GenerationConfig.from_pretrained(base))
+
+    def _batches(self, prompts: list[Prompt]) -> list[list[Prompt]]:
+        return [prompts[start : start + _VLLM_ROWS] for start in range(0, len(prompts), _VLLM_ROWS)]
+
+    def _generate(self, prompts: list[Prompt]) -> list[list[int]]:
+        shared = {"temperature": self.args.temperature, "top_p": self.args.top_p, "detokenize": False}
+        shared |= {"max_tokens": self.args.max_new_tokens, "stop_token_ids": sorted(self.stop)}
+        outputs = self.model.generate(
+            [{"prompt_token_ids": prompt.input_ids} for prompt in prompts],
+            [self._vllm.SamplingParams(**shared, seed=row_seed(self.args.seed, prompt.row)) for prompt in prompts],
+            lora_request=self._lora,
+            use_tqdm=False,
+        )
+        return [[*output.outputs[0].token_ids] for output in outputs]
+
+
+class _RowSampler(LogitsProcessor):
+    """
+    Makes the greedy choice a sample, with random numbers of each row's own: the largest `log p_i + g_i` with Gumbel noise `g` is
+    token `i` with probability `p_i` (Gumbel-max). `generate`'s own sampling draws for a batch as a whole.
+    """
+
+    def __init__(self, seeds: list[int], device: torch.device):
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        noise = torch.empty_like(scores, dtype=torch.float32)
+        for row, generator in zip(noise, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - noise.clamp_min_(torch.finfo(torch.float32).tiny).log_()
+
+
+def row_seed(seed: int, row: int) -> int:
+    """A seed (32 bits) for one row of a run."""
+    return int(np.random.SeedSequence((seed, row)).generate_state(1)[0])
+
+
+def import_vllm():
+    """The package vLLM, or an `ImportError` that says what to install."""
+    try:
+        import vllm
+        import vllm.lora.request
+    except ImportError as error:
+        raise ImportError(
+            "`use_vllm` needs the package vllm, and a machine that it supports: pip install vllm. Leave `use_vllm` out to "
+            "generate with Transformers."
+        ) from error
+    return vllm

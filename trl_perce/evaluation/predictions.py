@@ -1,0 +1,300 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""From a dataset's rows to prompts, and from generated tokens to the lines of `predictions.jsonl`."""
+
+import copy
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from accelerate.logging import get_logger
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from trl import is_conversational
+
+from ..persona import (
+    PersonaError,
+    TokenBytes,
+    byte_mask,
+    describe,
+    mark_persona,
+    persona_stretches,
+    render,
+    swap_persona,
+    token_mask,
+    trim_persona,
+)
+from .uptake import other_personas
+
+
+logger = get_logger(__name__)
+
+# What a reasoning model thinks ahead of its answer. Cut off, it has no end.
+_THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """
+    What a model is asked to go on with.
+
+    Attributes:
+        row (`int`): Index of the row in the dataset.
+        id (`str` or `None`): Its column `id`, if it has one.
+        user (`str` or `None`): Its column `user`, if it has one.
+        persona (`str`): The persona that is in the prompt, before it is trimmed; empty if there is none.
+        query (`str`): The text that the response answers, with "…" for the persona.
+        reference (`str`): The row's own response.
+        input_ids (`list[int]`): Tokens of the prompt, up to where the model's answer begins.
+        persona_mask (`list[int]`): 1 where a token belongs to the persona.
+        trimmed (`int`, *optional*, defaults to `0`): Tokens that the persona lost, to fit into `max_length`.
+    """
+
+    row: int
+    id: str | None
+    user: str | None
+    persona: str
+    query: str
+    reference: str
+    input_ids: list[int]
+    persona_mask: list[int]
+    trimmed: int = 0
+
+    @property
+    def counterfactual_ids(self) -> list[int]:
+        """Tokens of the prompt without its persona."""
+        return [token for token, is_persona in zip(self.input_ids, self.persona_mask, strict=True) if not is_persona]
+
+
+def make_prompts(
+    rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, args, swap_persona: bool = False
+) -> list[Prompt]:
+    """
+    Turn rows into prompts, with the persona where the trainer would see it. A persona is trimmed from its end where the
+    prompt and `max_new_tokens` do not fit into `max_length` together. Rows that do not fit without their persona (or that may
+    not be trimmed: `truncate_persona=False`) are left out. Both are counted and logged.
+
+    Args:
+        rows (iterable of `dict`): Rows with `prompt` and `completion`, conversational or text, and a persona as [`PerCETrainer`]
+            takes it. Columns `id` and `user` are optional.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A fast tokenizer, with the chat template.
+        args ([`GenerationArguments`]): Gives the persona's markers, `max_length`, `max_new_tokens`, `truncate_persona` and
+            `guidance_scale`.
+        swap_persona (`bool`, *optional*, defaults to `False`): Whether each prompt gets another user's persona ([`other_rows`]).
+            The k-th place takes the other row's k-th persona; rows without a persona stay as they are.
+
+    Returns:
+        `list[Prompt]`: In the order of the rows.
+
+    Raises:
+        `PersonaError`: A row's persona is unclear, or there is no other user's to swap it with; the message names the row.
+        `ValueError`: There is no row, or a row is not of the type prompt-completion.
+    """
+    token_bytes = TokenBytes(tokenizer)
+    prompts = []
+    for index, row in enumerate(rows):
+        try:
+            prompts.append(_make_prompt(index, row, tokenizer, token_bytes, args))
+        except ValueError as error:
+            raise type(error)(f"row {index}: {error}") from error
+    if not prompts:
+        raise ValueError("The dataset is empty. Give it at least one row.")
+    if swap_persona:
+        prompts = _with_swapped_personas(prompts)
+    if args.guidance_scale != 1:
+        for prompt in prompts:
+            if not prompt.counterfactual_ids:
+                raise PersonaError(
+                    f"row {prompt.row}: `guidance_scale` needs a prompt without its persona, and nothing but the persona is "
+                    "there. Write a question into the prompt, or set `guidance_scale` to 1."
+                )
+    return _trimmed(prompts, args)
+
+
+def other_rows(users: Sequence[str | None], personas: Sequence[str]) -> list[int]:
+    """
+    For each row, one with another user's persona ([`~uptake.other_personas`]).
+
+    Args:
+        users (`Sequence[str | None]`): User of each row. Rows without one are told apart by their personas.
+        personas (`Sequence[str]`): Persona of each row, empty if it has none.
+
+    Returns:
+        `list[int]`: An index for each row.
+
+    Raises:
+        `PersonaError`: There is no other user with a persona.
+    """
+    try:
+        others = other_personas(personas, [user or persona for user, persona in zip(users, personas, strict=True)])
+    except ValueError as error:
+        raise PersonaError(f"`swap_persona` needs rows of several users. {error}") from error
+    rows = {persona: row for row, persona in enumerate(personas)}
+    return [rows[other] for other in others]
+
+
+def to_prediction(
+    prompt: Prompt, tokens: list[int], stop: frozenset[int], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """
+    A line of `predictions.jsonl`.
+
+    Args:
+        prompt ([`Prompt`]): What was asked.
+        tokens (`list[int]`): Generated tokens; what stands behind the first end token is ignored.
+        stop (`frozenset[int]`): Tokens that end a text.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Their tokenizer.
+
+    Returns:
+        `dict[str, Any]`: `row`, `id`, `user`, `persona`, `query`, `prediction` (without special tokens, white space at its ends and a
+            reasoning model's `<think>…</think>`), `reference`, `num_tokens` (generated, without the end token) and `finished`
+            (whether there was an end token).
+    """
+    length = next((position for position, token in enumerate(tokens) if token in stop), len(tokens))
+    text = tokenizer.decode(tokens[:length], skip_special_tokens=True)
+    return {
+        "row": prompt.row,
+        "id": prompt.id,
+        "user": prompt.user,
+        "persona": prompt.persona,
+        "query": prompt.query,
+        "prediction": _THOUGHT.sub("", text, count=1).strip() if _THOUGHT.match(text) else text.strip(),
+        "reference": prompt.reference,
+        "num_tokens": length,
+        "finished": length < len(tokens),
+    }
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, generation_config=None) -> frozenset[int]:
+    """
+    The tokens that end an answer: the tokenizer's end of text, those of the model's generation configuration, and the one that the
+    chat template writes behind an assistant's message.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
+        generation_config ([`~transformers.GenerationConfig`], *optional*): The model's.
+
+    Returns:
+        `frozenset[int]`: Token ids.
+    """
+    own = getattr(generation_config, "eos_token_id", None)
+    found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]), _turn_end(tokenizer)}
+    return frozenset(found - {None})
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    if tokenizer.chat_template is None:
+        return None
+    answer = "answer"
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError:  # it wants messages of another kind
+        return None
+    behind = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+    return behind[0] if behind and behind[0] in tokenizer.all_special_ids else None
+
+
+def _make_prompt(index: int, row: dict[str, Any], tokenizer, token_bytes: TokenBytes, args) -> Prompt:
+    if row.get("prompt") is None or row.get("completion") is None:
+        raise ValueError(
+            "evaluation needs the columns 'prompt' and 'completion' (what the user wrote, which the answer is compared with); "
+            f"it has {', '.join(map(repr, row))}."
+        )
+    example, spans = mark_persona(
+        copy.deepcopy(row), args.dataset_text_field, args.persona_start_marker, args.persona_end_marker
+    )
+    outside = [span for span in spans if span.column != "prompt"]
+    if outside:
+        raise PersonaError(f"the persona is in {outside[0].column!r}. Move it to the prompt.")
+    persona, query = describe(example, spans, args.dataset_text_field)
+    chat = is_conversational({"prompt": example["prompt"]})
+    # The prompt by itself, as the trainer would see a text without a response
+    column = "messages" if chat else args.dataset_text_field
+    alone = {column: example["prompt"], "tools": example.get("tools")}
+    alone["chat_template_kwargs"] = {**(example.get("chat_template_kwargs") or {}), "add_generation_prompt": True}
+    text, char_spans = render(
+        alone, [span._replace(column=column) for span in spans], tokenizer, text_field=args.dataset_text_field
+    )
+    encoded = tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=True)
+    ids, mask = encoded["input_ids"], None
+    if char_spans:
+        mask = byte_mask([token_bytes[token] for token in ids], text, char_spans)
+        mask = mask or token_mask(encoded["offset_mapping"], char_spans)
+    return Prompt(
+        row=index,
+        id=_text(row.get("id")),
+        user=_text(row.get("user")),
+        persona=persona,
+        query=query,
+        reference=_reference(example["completion"]),
+        input_ids=ids,
+        persona_mask=mask or [0] * len(ids),
+    )
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _reference(completion: str | list[dict[str, Any]]) -> str:
+    if isinstance(completion, str):
+        return completion
+    if len(completion) != 1:
+        raise ValueError(
+            f"'completion' has {len(completion)} messages, and one prediction is compared with one. Keep the first answer and "
+            "move what stands before it to 'prompt'."
+        )
+    content = completion[0]["content"]
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+
+
+def _with_swapped_personas(prompts: list[Prompt]) -> list[Prompt]:
+    others = other_rows([prompt.user for prompt in prompts], [prompt.persona for prompt in prompts])
+    swapped = []
+    for prompt, other in zip(prompts, others, strict=True):
+        if not any(prompt.persona_mask):
+            swapped.append(prompt)
+            continue
+        stretches = persona_stretches(prompts[other].input_ids, prompts[other].persona_mask)
+        ids, labels = swap_persona(prompt.input_ids, [0] * len(prompt.input_ids), prompt.persona_mask, stretches)
+        mask = [int(label == -100) for label in labels]  # which is what it marks the other's tokens with
+        swapped.append(replace(prompt, persona=prompts[other].persona, input_ids=ids, persona_mask=mask))
+    return swapped
+
+
+def _trimmed(prompts: list[Prompt], args) -> list[Prompt]:
+    if args.max_length is None:
+        return prompts
+    room, kept = args.max_length - args.max_new_tokens, []
+    for prompt in prompts:
+        keep = trim_persona(prompt.persona_mask, room) if args.truncate_persona else range(len(prompt.input_ids))
+        if len(keep) <= room:
+            ids, mask = ([values[position] for position in keep] for values in (prompt.input_ids, prompt.persona_mask))
+            trimmed = len(prompt.input_ids) - len(ids)
+            kept.append(replace(prompt, input_ids=ids, persona_mask=mask, trimmed=trimmed))
+    fits = f"to fit into `max_length={args.max_length}` with `max_new_tokens={args.max_new_tokens}`"
+    trimmed = [prompt.trimmed for prompt in kept if prompt.trimmed]
+    if trimmed:
+        logger.warning(
+            f"Trimmed the persona of {len(trimmed)} of {len(prompts)} prompts, by {sum(trimmed)} tokens in all, {fits}."
+        )
+    if len(kept) < len(prompts):
+        why = "without their persona" if args.truncate_persona else "(`truncate_persona` is off)"
+        logger.warning(
+            f"Left out {len(prompts) - len(kept)} of {len(prompts)} prompts, which are too long {fits} {why}."
+        )
+    if not kept:
+        raise ValueError(f"No prompt is short enough {fits}. Raise `max_length`, or lower `max_new_tokens`.")
+    return kept
