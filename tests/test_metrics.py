@@ -83,6 +83,7 @@ def test_equal_to_the_libraries_called_by_hand(pairs, nltk_path):
 def test_on_paper(nltk_path):
     predictions = ["a cat sat on the mat", "a car", "dogs ran home today"]
     values = text_metrics(predictions, ["a cat sat on my mat", "an auto", "dog ran"])
+    assert text_metrics(["a car"], ["an automobile"], metrics=["meteor"])["meteor"] == 0  # its stem is "automobil"
     # 5 of 6 words, 3 of 5 pairs; without stems "dogs" is not "dog": 1 of 4 and 1 of 2 words
     assert values["rouge1"] == pytest.approx([5 / 6, 0, 2 * (1 / 4) * (1 / 2) / (3 / 4)])
     assert values["rouge2"] == pytest.approx([3 / 5, 0, 0])

@@ -48,8 +48,9 @@ def text_metrics(
       scripts and letters with accents part words and are dropped, so that "café" counts as "caf", and a text in Chinese,
       Russian or Hindi scores 0. For such languages ROUGE says nothing.
     - `"meteor"` (Banerjee and Lavie, 2005) gives `meteor`: NLTK's `meteor_score` (α 0.9, β 3, γ 0.5) of texts cut by NLTK's
-      `word_tokenize`, with Porter stems and the synonyms of WordNet 3.0. In other languages than English, equal words still
-      match. Needs NLTK's data `wordnet` and `punkt_tab`, which are downloaded where they are missing, unless
+      `word_tokenize`, with Porter stems and the synonyms of WordNet 3.0. NLTK looks synonyms up by the stem, so that
+      words whose stem is no word have none: "auto" matches "car", "automobile" (stem "automobil") does not. In other languages
+      than English, equal words still match. Needs NLTK's data `wordnet` and `punkt_tab`, which are downloaded where they are missing, unless
       `HF_HUB_OFFLINE` is set.
     - `"bleu"` gives `bleu`: `sacrebleu`'s sentence BLEU. See [`corpus_bleu`] for BLEU of all rows as it is usually reported.
 
@@ -78,7 +79,7 @@ def text_metrics(
     starts = range(0, rows, _CHUNK)
     chunks = ((predictions[at : at + _CHUNK], references[at : at + _CHUNK]) for at in starts)
     values = {column: np.zeros(rows) for metric in metrics for column in COLUMNS[metric]}
-    with tqdm(total=rows, unit="row", desc=", ".join(metric.upper() for metric in metrics), disable=None) as bar:
+    with tqdm(total=rows, unit="row", desc=", ".join(map(str.upper, metrics)), disable=None if rows else True) as bar:
         for start, scored in zip(starts, _score_chunks(chunks, tuple(metrics), num_proc), strict=True):
             for column, column_values in scored.items():
                 values[column][start : start + len(column_values)] = column_values
