@@ -333,7 +333,8 @@ def lm_eval_scores(
     """
     Run tasks of the package `lm-eval` (EleutherAI's language model evaluation harness), with its prompts and its scores.
 
-    Needs `pip install 'trl_perce[general_qa]'`, and the Hub for the tasks' data. DROP is the task `"drop"`.
+    Needs `pip install 'trl_perce[general_qa]'`, and the Hub for the tasks' data. DROP is the task `"drop"`. Sets the global
+    random seeds, as lm-eval does.
 
     Args:
         model (`str`): Name or folder of a model, or of a PEFT adapter, whose base model is then taken.
