@@ -86,18 +86,16 @@ def _write_wordnet(source: Path, folder: Path) -> None:
 
 def _write_punkt(folder: Path) -> None:
     """The four tables as NLTK 3.9 and later read them; the package holds them as Python literals."""
-    from nltk.tabdata import TabEncoder
-
-    model, encoder = importlib.import_module("punkt.data.english"), TabEncoder()
+    model = importlib.import_module("punkt.data.english")
     tables = {
-        "abbrev_types.txt": encoder.list2txt(sorted(model.ABBREV_TYPES)),
-        "sent_starters.txt": encoder.list2txt(sorted(model.SENT_STARTERS)),
-        "collocations.tab": encoder.tups2tab(sorted(model.COLLOCATIONS)),
-        "ortho_context.tab": encoder.ivdict2tab(model.ORTHO_CONTEXT),
+        "abbrev_types.txt": sorted(model.ABBREV_TYPES),
+        "sent_starters.txt": sorted(model.SENT_STARTERS),
+        "collocations.tab": ["\t".join(words) for words in sorted(model.COLLOCATIONS)],
+        "ortho_context.tab": [f"{word}\t{context}" for word, context in model.ORTHO_CONTEXT.items()],
     }
     folder.mkdir(parents=True)
-    for name, text in tables.items():
-        (folder / name).write_bytes(text.encode())
+    for name, lines in tables.items():
+        (folder / name).write_bytes("\n".join(lines).encode())
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ from ..nltk_data import missing_nltk_data
 COLUMNS = {"rouge": ("rouge1", "rouge2", "rougeL"), "meteor": ("meteor",), "bleu": ("bleu",)}
 # By package of NLTK data, a file or folder in it
 _METEOR_DATA = {"wordnet": "corpora/wordnet/data.noun", "punkt_tab": "tokenizers/punkt_tab/english/"}
-_CHUNK = 32  # rows that go to a process at once
-_ROWS_A_PROCESS = 500  # for fewer, a process takes longer to start and to load WordNet than it saves
+_CHUNK = 8  # rows that go to a process at once
+_CHARACTERS_A_PROCESS = 1_000_000  # for fewer, a process takes longer to start and to load WordNet than it saves
 
 
 def text_metrics(
@@ -48,8 +48,9 @@ def text_metrics(
       scripts and letters with accents part words and are dropped, so that "café" counts as "caf", and a text in Chinese,
       Russian or Hindi scores 0. For such languages ROUGE says nothing.
     - `"meteor"` (Banerjee and Lavie, 2005) gives `meteor`: NLTK's `meteor_score` (α 0.9, β 3, γ 0.5) of texts cut by NLTK's
-      `word_tokenize`, with Porter stems and the synonyms of WordNet 3.0. In other languages than English, equal words still
-      match. Needs NLTK's data `wordnet` and `punkt_tab`, which are downloaded where they are missing, unless
+      `word_tokenize`, with Porter stems and the synonyms of WordNet 3.0. NLTK looks synonyms up by the stem, so that
+      words whose stem is no word have none: "auto" matches "car", "automobile" (stem "automobil") does not. In other languages
+      than English, equal words still match. Needs NLTK's data `wordnet` and `punkt_tab`, which are downloaded where they are missing, unless
       `HF_HUB_OFFLINE` is set.
     - `"bleu"` gives `bleu`: `sacrebleu`'s sentence BLEU. See [`corpus_bleu`] for BLEU of all rows as it is usually reported.
 
@@ -57,7 +58,7 @@ def text_metrics(
         predictions (`Sequence[str]`): Predictions of `R` rows.
         references (`Sequence[str]`): Their references.
         num_proc (`int`, *optional*): Processes that share the work. By default as many as there are CPU cores for this
-            process, but not more than one for 500 rows.
+            process, but one for a million characters of text at most: each takes seconds to start.
         metrics (`Sequence[str]`, *optional*, defaults to `("rouge", "meteor")`): Of `"rouge"`, `"meteor"`, `"bleu"`.
 
     Returns:
@@ -73,11 +74,12 @@ def text_metrics(
     _check_texts(predictions, references)
     rows = len(predictions)
     if num_proc is None:
-        num_proc = min(joblib.cpu_count(), math.ceil(rows / _ROWS_A_PROCESS))
+        characters = sum(map(len, predictions)) + sum(map(len, references))
+        num_proc = min(joblib.cpu_count(), math.ceil(characters / _CHARACTERS_A_PROCESS))
     starts = range(0, rows, _CHUNK)
     chunks = ((predictions[at : at + _CHUNK], references[at : at + _CHUNK]) for at in starts)
     values = {column: np.zeros(rows) for metric in metrics for column in COLUMNS[metric]}
-    with tqdm(total=rows, unit="row", desc=", ".join(metric.upper() for metric in metrics), disable=None) as bar:
+    with tqdm(total=rows, unit="row", desc=", ".join(map(str.upper, metrics)), disable=None if rows else True) as bar:
         for start, scored in zip(starts, _score_chunks(chunks, tuple(metrics), num_proc), strict=True):
             for column, column_values in scored.items():
                 values[column][start : start + len(column_values)] = column_values
