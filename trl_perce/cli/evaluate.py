@@ -40,8 +40,7 @@ _MODEL_SETTINGS = [
 def make_parser():
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
-    from trl_perce.evaluation.evaluate import EvaluationArguments
-    from trl_perce.evaluation.generate import GenerationArguments
+    from trl_perce.evaluation.arguments import EvaluationArguments, GenerationArguments
 
     @dataclass
     class EvaluateArguments(ScriptArguments):

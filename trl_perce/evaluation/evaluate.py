@@ -23,7 +23,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,8 @@ from ..preparation import Preparation
 from ..row_file import RowFile, remove_rows
 from ..score_file import ScoreFile, remove_scores
 from ..scores import TokenScores
-from .generate import GenerationArguments, TransformersGenerator, VLLMGenerator, import_vllm
+from .arguments import EvaluationArguments, GenerationArguments
+from .generate import TransformersGenerator, VLLMGenerator, import_vllm
 from .likelihood import likelihood_values, score_swapped, token_likelihoods
 from .metrics import text_metrics
 from .predictions import make_prompts, other_rows
@@ -59,67 +59,6 @@ _SHARED_SETTINGS = [
 ]
 _GENERATION_SETTINGS = ["temperature", "top_p", "max_new_tokens", "guidance_scale", "seed"]
 _SCORE_SETTINGS = ["counterfactual", "personal_threshold", "truncation_mode"]
-
-
-@dataclass
-class EvaluationArguments:
-    """
-    What is evaluated.
-
-    Parameters:
-        metrics (`list[str]`, *optional*, defaults to `["rouge", "meteor"]`):
-            Of [`~metrics.text_metrics`]: `"rouge"`, `"meteor"`, `"bleu"`.
-        likelihood (`bool`, *optional*, defaults to `True`):
-            Whether the log-likelihood of the references' personal and other tokens is computed. On by default: it tells models
-            apart that overlap with one reference does not, and costs a few forward passes, little beside generation.
-        reference_scores (`str`, *optional*):
-            Folder with `scores.jsonl` of the same rows, from `trl-perce score` or another evaluation (`…/scores`), which decides
-            which tokens are personal: that of the untrained model. If `None`, an adapter's base model decides, and a model
-            without an adapter decides itself.
-        swap_persona (`bool`, *optional*, defaults to `False`):
-            Whether predictions and likelihoods are made with another user's persona, too, which tells use of the right persona from
-            copying whatever persona there is. Doubles the cost of generation.
-        use_vllm (`bool`, *optional*, defaults to `False`):
-            Whether vLLM generates the predictions.
-        judge_base_url (`str`, *optional*):
-            OpenAI-compatible endpoint of a judge ([`~judge.judge_predictions`]). The key is read from `OPENAI_API_KEY`.
-        judge_model (`str`, *optional*):
-            The judge's name there.
-        baseline (`str`, *optional*):
-            Folder of another evaluation of the same rows, which this one is compared with, row by row.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Whether earlier results are removed from the folder instead of going on with them.
-    """
-
-    metrics: list[str] = field(
-        default_factory=lambda: ["rouge", "meteor"], metadata={"help": "Of 'rouge', 'meteor', 'bleu'."}
-    )
-    likelihood: bool = field(
-        default=True, metadata={"help": "Compute the log-likelihood of the references' personal and other tokens."}
-    )
-    reference_scores: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder with scores.jsonl of the same rows (of the untrained model) that decides which tokens are personal. By "
-            "default an adapter's base model decides, and a model without an adapter itself."
-        },
-    )
-    swap_persona: bool = field(
-        default=False, metadata={"help": "Generate and score with another user's persona, too. Doubles the cost."}
-    )
-    use_vllm: bool = field(default=False, metadata={"help": "Generate with vLLM."})
-    judge_base_url: str | None = field(default=None, metadata={"help": "OpenAI-compatible endpoint of a judge."})
-    judge_model: str | None = field(default=None, metadata={"help": "The judge's name at the endpoint."})
-    baseline: str | None = field(
-        default=None, metadata={"help": "Folder of another evaluation of the same rows to compare with."}
-    )
-    overwrite: bool = field(
-        default=False, metadata={"help": "Remove earlier results from `output_dir` instead of going on with them."}
-    )
-
-    def __post_init__(self):
-        if (self.judge_base_url is None) != (self.judge_model is None):
-            raise ValueError("`judge_base_url` and `judge_model` belong together. Set both, or neither.")
 
 
 def evaluate(
@@ -187,6 +126,9 @@ class Evaluation:
         self.prompts = make_prompts(self.rows, prepared, self.args)
         self.swapped = make_prompts(self.rows, prepared, self.args, True) if self.options.swap_persona else None
         self.users = [None if row.get("user") is None else str(row["user"]) for row in self.rows]
+        # What the bootstrap draws: users, told by their personas where they are not named
+        known = {prompt.row: prompt.user or prompt.persona for prompt in self.prompts}
+        self.groups = [known.get(row) or None for row in range(len(self.rows))]
         baseline = self.options.baseline
         self.baseline = None if baseline is None else read_baseline(baseline, self.prompts)
         names = {"model": self.base, "adapter": self.adapter} if self.base else {}
@@ -404,7 +346,7 @@ class Evaluation:
         trimmed = [prompt.trimmed for prompt in self.prompts if prompt.trimmed]
         compared = None
         if self.baseline is not None:
-            tests = compare(values, self.baseline, self.users)
+            tests = compare(values, self.baseline, self.groups)
             compared = {"folder": self.options.baseline, "tests": tests}
         used = {name: getattr(self.args, name) for name in _SHARED_SETTINGS + _GENERATION_SETTINGS + _SCORE_SETTINGS}
         return {
@@ -413,7 +355,7 @@ class Evaluation:
             "trimmed": {"rows": len(trimmed), "tokens": sum(trimmed)},
             "settings": self.settings | used,
             "personal_by": self.personal_by,
-            "metrics": summarise(values, self.users),
+            "metrics": summarise(values, self.groups),
             "judge": judged,
             "baseline": compared,
             "text_metrics": {"digest": self.digest, "names": self.text_names},

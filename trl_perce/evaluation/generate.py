@@ -18,10 +18,8 @@ Predictions, as they are finished:
         print(prediction["prediction"])
 """
 
-import math
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,73 +37,15 @@ from transformers import (
 )
 
 from ..checks import keep_4bit_weights_trainable_on_cpu, load_tokenizer
-from ..config import PerContrastConfig
 from ..estep import split_into_chunks
 from ..loading import find_adapter, load_model, load_scoring_tokenizer
 from ..preparation import Preparation
+from .arguments import GenerationArguments
 from .predictions import Prompt, make_prompts, stop_tokens, to_prediction
 
 
 # Rows that vLLM is given at a time. It batches by itself; what is finished is written in between.
 _VLLM_ROWS = 256
-
-
-@dataclass
-class GenerationArguments(PerContrastConfig):
-    r"""
-    Configuration of the generation of predictions.
-
-    [`GenerationArguments`] inherits every parameter of [`PerContrastConfig`], so that one object configures generation and
-    scoring, and a training recipe can be used for both. `max_length`, `truncate_persona`, `chat_template_path`, `eos_token`,
-    the persona's markers, `bf16`, `fp16` and `seed` matter here.
-
-    Parameters:
-        temperature (`float`, *optional*, defaults to `0.4`):
-            Of sampling (PerCE paper: 0.4). 0 is greedy.
-        top_p (`float`, *optional*, defaults to `1.0`):
-            Samples only from the likeliest tokens that have this probability together. What the model's own generation
-            configuration says of sampling is not heeded, so that models are compared alike.
-        max_new_tokens (`int`, *optional*, defaults to `512`):
-            Tokens that a prediction may have (PerCE paper: 512). Prompts have `max_length - max_new_tokens`.
-        guidance_scale (`float`, *optional*, defaults to `1.0`):
-            Scale `g` of persona guidance: the next token is drawn from `log P(y|x) + g (log P(y|p, x) − log P(y|x))`, with the
-            prompt without its persona as Transformers' negative prompt. Over 1 the persona counts more, 0 leaves it out. 1 is
-            none; others cost a second forward pass.
-        generation_batch_tokens (`int`, *optional*, defaults to `16384`):
-            Tokens (prompt, padding and `max_new_tokens` of each row) of one batch. Changes speed, memory and rounding.
-
-    Raises:
-        `ValueError`: A value is out of its range; the message says which and what to write instead.
-    """
-
-    temperature: float = field(default=0.4, metadata={"help": "Temperature of sampling; 0 is greedy."})
-    top_p: float = field(
-        default=1.0, metadata={"help": "Sample from the likeliest tokens that have this probability together."}
-    )
-    max_new_tokens: int = field(default=512, metadata={"help": "Tokens that a prediction may have."})
-    guidance_scale: float = field(
-        default=1.0, metadata={"help": "Persona guidance at decoding: over 1 the persona counts more. 1 is none."}
-    )
-    generation_batch_tokens: int = field(
-        default=16384, metadata={"help": "Tokens of one batch of generation: prompts, padding and `max_new_tokens`."}
-    )
-
-    def __post_init__(self):
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"`temperature` is {self.temperature}. Write 0 (greedy) or a positive number.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p` is {self.top_p}. Write a number over 0 and up to 1.")
-        if not math.isfinite(self.guidance_scale):
-            raise ValueError(f"`guidance_scale` is {self.guidance_scale}. Write a finite number, 1 for no guidance.")
-        for name in ("max_new_tokens", "generation_batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. Write a positive number of tokens.")
-        if self.max_length is not None and self.max_length <= self.max_new_tokens:
-            raise ValueError(
-                f"`max_length={self.max_length}` leaves no room for a prompt beside `max_new_tokens={self.max_new_tokens}`. "
-                "Raise `max_length` (the PerCE paper has 5000), or lower `max_new_tokens`."
-            )
-        super().__post_init__()
 
 
 class _Generator:

@@ -23,22 +23,23 @@ from .predictions import Prompt
 from .statistics import bootstrap_interval, paired_test
 
 
-def summarise(values: dict[str, np.ndarray], users: Sequence[str | None]) -> dict[str, dict[str, Any]]:
+def summarise(values: dict[str, np.ndarray], groups: Sequence[str | None]) -> dict[str, dict[str, Any]]:
     """
     Means over rows.
 
     Args:
         values (`dict[str, np.ndarray]`): By name, an array of shape `(R,)`, NaN where a row has no value.
-        users (`Sequence[str | None]`): The user of each row. Where users are known they are what the bootstrap draws.
+        groups (`Sequence[str | None]`): The user of each row, which is what the bootstrap draws: rows of one user are not
+            independent. A row with `None` stands alone.
 
     Returns:
-        `dict[str, dict]`: By name, `"mean"` (`None` without rows), `"interval"` (95 %, `[low, high]`, `None` for fewer than two users or
-            rows) and `"rows"`, the number of rows with a value.
+        `dict[str, dict]`: By name, `"mean"` (`None` without rows), `"interval"` (95 %, `[low, high]`, `None` for fewer than two users) and
+            `"rows"`, the number of rows with a value.
     """
     summary = {}
     for name, own in values.items():
         where = np.isfinite(own)
-        interval = bootstrap_interval(own[where], _groups(users, where))
+        interval = bootstrap_interval(own[where], _groups(groups, where))
         summary[name] = {
             "mean": float(own[where].mean()) if where.any() else None,
             "interval": None if interval is None else list(interval),
@@ -48,7 +49,7 @@ def summarise(values: dict[str, np.ndarray], users: Sequence[str | None]) -> dic
 
 
 def compare(
-    values: dict[str, np.ndarray], baseline: dict[int, dict[str, Any]], users: Sequence[str | None]
+    values: dict[str, np.ndarray], baseline: dict[int, dict[str, Any]], groups: Sequence[str | None]
 ) -> dict[str, dict[str, Any]]:
     """
     Paired tests ([`~statistics.paired_test`]) on the rows that have a value in both evaluations.
@@ -56,7 +57,7 @@ def compare(
     Args:
         values (`dict[str, np.ndarray]`): As in [`summarise`].
         baseline (`dict[int, dict]`): Lines of the other evaluation's `metrics.jsonl`, by row ([`read_baseline`]).
-        users (`Sequence[str | None]`): The user of each row.
+        groups (`Sequence[str | None]`): The user of each row.
 
     Returns:
         `dict[str, dict]`: By name, `"difference"` (these values minus the baseline's), `"interval"`, `"p_value"` and `"rows"`. Names
@@ -67,7 +68,10 @@ def compare(
         theirs = np.array([baseline.get(row, {}).get(name) for row in range(len(own))], dtype=float)
         where = np.isfinite(own) & np.isfinite(theirs)
         if where.any():
-            tests[name] = {**paired_test(own[where], theirs[where], _groups(users, where)), "rows": int(where.sum())}
+            tests[name] = {
+                **paired_test(own[where], theirs[where], _groups(groups, where)),
+                "rows": int(where.sum()),
+            }
     return tests
 
 
@@ -111,6 +115,5 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def _groups(users: Sequence[str | None], where: np.ndarray) -> list[str]:
-    """The user of each row, or the row itself where there is none: rows of one user are not independent."""
-    return [users[row] or f"row {row}" for row in np.flatnonzero(where)]
+def _groups(groups: Sequence[str | None], where: np.ndarray) -> list[str]:
+    return [groups[row] or f"row {row}" for row in np.flatnonzero(where)]
