@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..markdown import code, escape
-from .number import METRIC_LABELS, Number, make_number, rate_text, unit
+from .number import METRIC_LABELS, Number, Quoted, make_number, rate_text, unit
 from .results import METHOD_LABELS, VALIDATION, Condition, Results, baseline_of
 
 
@@ -29,19 +29,6 @@ _SWAPPED = (
 )
 _LENGTHS = {"tokens/with_persona": "prompt_tokens_with_persona", "tokens/without_persona": "prompt_tokens_without_persona"}  # fmt: skip
 _LAST_ROUNDS = range(6, 11)
-
-
-@dataclass(frozen=True)
-class Quoted:
-    """A figure of the paper, in the paper's unit: scores and gains in percent. `digits` is `None` where it has all of its own."""
-
-    quoted: float
-    digits: int | None
-
-    @property
-    def text(self) -> str:
-        form = "g" if self.digits is None else f".{self.digits}f"
-        return f"paper: {self.quoted:{form}} (quoted)".replace("-", "−")
 
 
 @dataclass
@@ -111,7 +98,7 @@ class _Maker:
         if condition is not None:
             cell |= {"model": condition.model, "train_task": condition.train_task, "method": condition.method}
         value = self.quoted(table=number, metric=metric, task=task, **cell)
-        digits = None if number == 7 else 1 if metric.endswith("_gain") else unit(metric)[1]
+        digits = None if number == 7 else 1 if number == 6 or metric.endswith("_gain") else unit(metric)[1]
         return None if value is None else Quoted(value, digits)
 
     def line(self, number, condition, task, metrics, shown, compared=(), quoted=(), **cell) -> dict[str, Any] | None:

@@ -113,6 +113,19 @@ class Number:
         return text.replace("-", "−")
 
 
+@dataclass(frozen=True)
+class Quoted:
+    """A figure of the paper, in the paper's unit: scores and gains in percent. `digits` is `None` where it has all of its own."""
+
+    quoted: float
+    digits: int | None
+
+    @property
+    def text(self) -> str:
+        form = "g" if self.digits is None else f".{self.digits}f"
+        return f"paper: {self.quoted:{form}} (quoted)".replace("-", "−")
+
+
 def make_number(metric, kind, parts, wholes=None, row_interval=None, rows=(), without_value=0) -> Number:
     """
     A [`Number`] from one value a seed: the mean, or, with `wholes`, the ratio of means.
