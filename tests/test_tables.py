@@ -277,11 +277,11 @@ def test_table_1_has_overlap_and_use_beside_each_other():
 
 def test_table_1_has_the_controls_with_another_persona_and_what_training_logged():
     records = [record("uptake", 0.6), record("uptake_swapped", 0.2), record("uptake_of_swapped", 0.5)]
-    records += [record("train/weight_mean", 1.25, rows=0)]
+    records += [record("train/weight/mean", 1.25, rows=0)]
     _, swapped, training = parts_of(records, 1)
     assert swapped.lines[0]["uptake of the right persona, swapped"].mean == 0.2
     assert swapped.lines[0]["uptake of the other persona, swapped"].mean == 0.5
-    assert training.lines[0]["train/weight\\_mean"].text == "1.2500" and training.lines[0]["rows"] is None
+    assert training.lines[0]["train/weight/mean"].text == "1.2500" and training.lines[0]["rows"] is None
 
 
 def test_table_2_mean_and_variance_over_shared_rates():
@@ -368,11 +368,13 @@ def test_table_6_and_7():
 def test_table_12_has_all_clip_ranges_and_the_others_the_papers():
     records = [record("rougeL", 0.2)]
     records += [record("rougeL", 0.2 + m / 10, method="perce", clip=[m, 5.0]) for m in (0.5, 0.8)]
+    records += [record("train/weight/mean", m + 0.2, method="perce", clip=[m, 5.0], rows=0) for m in (0.5, 0.8)]
     tables = make_tables(Results(records, SETTINGS), SETTINGS)
     assert [(line["method"], line["clip"]) for line in tables[1][0].lines] == [("CE", None), ("PerCE", "0.8 to 5")]
     (part,) = tables[12]
     assert [line["clip"] for line in part.lines] == [None, "0.5 to 5", "0.8 to 5"]
     assert find(part, clip="0.5 to 5")["ROUGE-L over CE"].mean == pytest.approx(0.25)
+    assert find(part, clip="0.5 to 5")["train/weight/mean"].mean == pytest.approx(0.7)
 
 
 def test_the_papers_figures_are_asked_for_by_cell_and_marked():

@@ -32,6 +32,7 @@ METRIC_LABELS = {
     "uptake": "uptake",
     "uptake_swapped": "uptake of the right persona, swapped",
     "uptake_of_swapped": "uptake of the other persona, swapped",
+    "uptake_chance": "uptake of another persona, by chance",
     "personal_fraction": "personal tokens",
     "tokens/with_persona": "with persona",
     "tokens/without_persona": "without persona",
