@@ -18,30 +18,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..markdown import code, escape
-from .number import METRIC_LABELS, Number, make_number, rate_text, unit
+from .number import METRIC_LABELS, Number, Quoted, make_number, rate_text, unit
 from .results import METHOD_LABELS, VALIDATION, Condition, Results, baseline_of
 
 
 _OVERLAP, _USE = ("rougeL", "meteor"), ("log_likelihood/personal", "log_likelihood/other", "uptake")
 _SWAPPED = (
     *("log_likelihood/personal", "log_likelihood/personal_swapped", "uptake", "uptake_swapped"),
-    *("uptake_of_swapped", "personal_fraction"),
+    *("uptake_of_swapped", "uptake_chance", "personal_fraction"),
 )
 _LENGTHS = {"tokens/with_persona": "prompt_tokens_with_persona", "tokens/without_persona": "prompt_tokens_without_persona"}  # fmt: skip
 _LAST_ROUNDS = range(6, 11)
-
-
-@dataclass(frozen=True)
-class Quoted:
-    """A figure of the paper, in the paper's unit: scores and gains in percent. `digits` is `None` where it has all of its own."""
-
-    quoted: float
-    digits: int | None
-
-    @property
-    def text(self) -> str:
-        form = "g" if self.digits is None else f".{self.digits}f"
-        return f"paper: {self.quoted:{form}} (quoted)".replace("-", "−")
 
 
 @dataclass
@@ -111,7 +98,7 @@ class _Maker:
         if condition is not None:
             cell |= {"model": condition.model, "train_task": condition.train_task, "method": condition.method}
         value = self.quoted(table=number, metric=metric, task=task, **cell)
-        digits = None if number == 7 else 1 if metric.endswith("_gain") else unit(metric)[1]
+        digits = None if number == 7 else 1 if number == 6 or metric.endswith("_gain") else unit(metric)[1]
         return None if value is None else Quoted(value, digits)
 
     def line(self, number, condition, task, metrics, shown, compared=(), quoted=(), **cell) -> dict[str, Any] | None:
@@ -176,8 +163,9 @@ class _Maker:
 
     def swapped(self, tasks: list[str]) -> list[Part]:
         notes = [
-            "*right persona*: what the row's own user has; *swapped*: with another user's persona in the prompt. A model that uses "
-            "the right one, and does not merely copy, has less of the right persona once it is swapped out."
+            "*right persona*: that of the row's own user; *swapped*: with another user's persona in the prompt; *by chance*: words of a "
+            "persona that was not in the prompt. A model that uses the right persona, and does not merely say what fits anyone, has more "
+            "of it than by chance, and less of it once it is swapped out."
         ]
         parts = []
         for model, task in self.cells(tasks):
@@ -317,7 +305,7 @@ class _Maker:
         return [Part("Of the grid, as in its YAML", lines)]
 
     def clip_ranges(self, tasks: list[str]) -> list[Part]:
-        parts, metrics = [], (*_OVERLAP, *_USE, "train/weight_mean")
+        parts, metrics = [], (*_OVERLAP, *_USE, "train/weight/mean")
         for model, task in self.cells(tasks):
             shown = self.results.shown(model, task, every_clip=True)
             swept = {

@@ -45,7 +45,8 @@ def live_table(cells: list[dict[str, Any]], max_rows: int = 20) -> Table:
     first, last = _window([_state(cell) for cell in cells], max_rows)
     steps = list(dict.fromkeys(step for cell in cells for step in cell["steps"]))
     metrics = list(dict.fromkeys(metric for cell in cells[first:last] for metric in cell["metrics"]))
-    table = Table(caption=_summary(cells, first, last), caption_justify="left", caption_style="")
+    caption = _summary(cells, first, last)
+    table = Table(caption=caption, caption_justify="left", caption_style="", min_width=len(caption))
     table.add_column("cell", overflow="fold")
     for step in steps:
         table.add_column(Text(step), no_wrap=True)

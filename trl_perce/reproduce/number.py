@@ -32,6 +32,7 @@ METRIC_LABELS = {
     "uptake": "uptake",
     "uptake_swapped": "uptake of the right persona, swapped",
     "uptake_of_swapped": "uptake of the other persona, swapped",
+    "uptake_chance": "uptake of another persona, by chance",
     "personal_fraction": "personal tokens",
     "tokens/with_persona": "with persona",
     "tokens/without_persona": "without persona",
@@ -111,6 +112,19 @@ class Number:
         if self.without_value:
             text += f" ({self.seeds} of {self.seeds + self.without_value} runs)"
         return text.replace("-", "−")
+
+
+@dataclass(frozen=True)
+class Quoted:
+    """A figure of the paper, in the paper's unit: scores and gains in percent. `digits` is `None` where it has all of its own."""
+
+    quoted: float
+    digits: int | None
+
+    @property
+    def text(self) -> str:
+        form = "g" if self.digits is None else f".{self.digits}f"
+        return f"paper: {self.quoted:{form}} (quoted)".replace("-", "−")
 
 
 def make_number(metric, kind, parts, wholes=None, row_interval=None, rows=(), without_value=0) -> Number:

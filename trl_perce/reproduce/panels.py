@@ -33,7 +33,7 @@ STYLES = {
     "perce_sequence": ("#e69f00", "v"),
 }
 # Of lines of the same method
-_PATTERNS = ("-", "--", ":", "-.")
+PATTERNS = ("-", "--", ":", "-.", (0, (8, 3)), (0, (5, 1, 1, 1, 1, 1)))
 _MORE_STYLES = (("#56b4e9", "P"), ("#000000", "*"), ("#8c6d1f", "<"), ("#4b0082", ">"))
 
 
@@ -70,6 +70,19 @@ def plain(axes: Axes, lines: str) -> None:
     axes.set_axisbelow(True)
 
 
+def mark_empty(axes: Axes, keep_names: bool = False) -> None:
+    """A panel of what was not measured: neither scale nor grid. `keep_names` keeps the labels on y, which are of its row."""
+    if axes.lines:
+        return
+    axes.grid(False)
+    axes.set_xticks([])
+    if not keep_names:
+        axes.set_yticks([])
+    for side in axes.spines.values():
+        side.set_visible(False)
+    axes.text(0.5, 0.5, "–", transform=axes.transAxes, ha="center", va="center", fontsize=SIZE, color=MUTED)
+
+
 def title(axes: Axes, text: str) -> None:
     axes.set_title(text, fontsize=SIZE, color=TEXT, loc="left", parse_math=False)
 
@@ -79,8 +92,9 @@ def legend(figure: Figure, axes: list[list[Axes]]) -> None:
     for panel in (panel for row in axes for panel in row):
         handles, labels = panel.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
+    columns = max(1, int(figure.get_figwidth() / 1.4))
     drawn = figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncols=6, fontsize=SMALL, frameon=False
+        entries.values(), entries.keys(), loc="outside lower center", ncols=columns, fontsize=SMALL, frameon=False
     )
     for text in drawn.get_texts():
         text.set_parse_math(False)
@@ -108,7 +122,7 @@ def curves(results: Results, panel: Axes, lines: dict[str, list[tuple]], metric:
     for number, (name, points) in enumerate(lines.items()):
         method = points[0][1].method
         colour, mark = style(results, method)
-        pattern = _PATTERNS[drawn.count(method) % len(_PATTERNS)]
+        pattern = PATTERNS[drawn.count(method) % len(PATTERNS)]
         drawn.append(method)
         means = []
         for place, item, task, own_metric in points:

@@ -11,12 +11,12 @@
 # limitations under the License.
 
 """
-Plots of the tables, drawn with matplotlib. Big marks are means over seeds, small dots the seeds, lines the 95 % intervals over
-rows. Colours are those of Okabe and Ito, which colour-blind readers tell apart; each method has a mark of its own too.
+Plots of the tables, drawn with matplotlib. Big marks are means over seeds, small dots the seeds, and, where methods stand below
+each other, lines the 95 % intervals over rows. Colours are those of Okabe and Ito, which colour-blind readers tell apart; each method has a mark of its own too.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from ..heatmap import PALETTE
 from .number import METRIC_LABELS, Number, rate_text, unit
 from .panels import (
     MUTED,
+    PATTERNS,
     SMALL,
     STYLES,
     TEXT,
@@ -39,6 +40,7 @@ from .panels import (
     grid,
     label,
     legend,
+    mark_empty,
     plain,
     row_height,
     row_label,
@@ -73,29 +75,43 @@ def write_plots(results: Results, folder: Path, tables: Sequence[int]) -> dict[i
     Returns:
         `dict[int, list[Path]]`: Number of the table → its files.
     """
-    lamp = set(results.tasks_of("lamp"))
+    plots: dict[int, list[Path]] = {}
+    for table, name, figure in draw_plots(results, tables):
+        with written_whole(folder / name) as part:
+            figure.savefig(part, format="png", dpi=_DPI)
+        plots.setdefault(table, []).append(folder / name)
+    return plots
+
+
+def draw_plots(results: Results, tables: Sequence[int]) -> Iterator[tuple[int, str, Figure]]:
+    """
+    The plots themselves.
+
+    Args:
+        results ([`Results`]): Of the grid.
+        tables (`Sequence[int]`): As in [`write_plots`].
+
+    Yields:
+        `tuple[int, str, Figure]`: Number of the table, name of the file, figure.
+    """
+    lamp = results.tasks_of("lamp")
     own = [task for task in results.tasks if task not in lamp]
     draw = {
         1: lambda model: _methods(results, model, own, (*_OVERLAP, *_PERSONAL)),
         2: lambda model: _learning_rates(results, model, own),
         3: lambda model: _transfer(results, model),
         4: lambda model: _aloe(results, model),
-        5: lambda model: _methods(results, model, sorted(lamp, key=results.tasks.index), ("rouge1", "rougeL", *_PERSONAL)),
+        5: lambda model: _methods(results, model, lamp, ("rouge1", "rougeL", *_PERSONAL)),
         12: lambda model: _clips(results, model, own),
-    }  # fmt: skip
+    }
     draw |= {8: draw[3], 9: draw[4]}
     models = {3: results.models[:1], 4: results.models[:1], 8: results.models[1:], 9: results.models[1:]}
-    plots: dict[int, list[Path]] = {}
     for table in (table for table in tables if table in draw):
         for model in models.get(table, results.models):
             figure = draw[table](model)
             if figure is not None:
                 slug = re.sub(r"[^\w.-]+", "-", model)
-                path = folder / f"table{table}-{results.models.index(model) + 1}-{slug}.png"
-                with written_whole(path) as part:
-                    figure.savefig(part, format="png", dpi=_DPI)
-                plots.setdefault(table, []).append(path)
-    return plots
+                yield table, f"table{table}-{results.models.index(model) + 1}-{slug}.png", figure
 
 
 # Figures
@@ -143,6 +159,7 @@ def _methods(results: Results, model: str, tasks: Sequence[str], metrics: Sequen
                 dot(results, panel, item, task, metric, place - 0.12 * bool(beside), colour, mark, True)
                 if beside:
                     dot(results, panel, item, task, beside, place + 0.2, colour, mark, False)
+            mark_empty(panel, keep_names=True)
         row_label(row[0], task, 0.27 * len(items) + 0.3)
     return figure
 
@@ -177,6 +194,7 @@ def _learning_rates(results: Results, model: str, tasks: Sequence[str]) -> Figur
             panel.yaxis.set_major_locator(MaxNLocator(5))
             points = {name: [(item.learning_rate, item, task, metric) for item in own] for name, own in lines.items()}
             curves(results, panel, points, metric)
+            mark_empty(panel)
             if row is axes[0]:
                 title(panel, curve_title(metric))
             if row is axes[-1]:
@@ -216,11 +234,15 @@ def _clips(results: Results, model: str, tasks: Sequence[str]) -> Figure | None:
                 lines.setdefault(label(item, same_clip), []).append((clips.index(item.clip), item, task, metric))
             curves(results, panel, lines, metric)
             baselines = [item for item in cells[task] if item.method == "ce" and item not in items]
-            for item in baselines:
+            for index, item in enumerate(baselines):
                 value = results.values(item, task, metric).mean() * unit(metric)[0]
-                panel.axhline(
-                    value, color=STYLES["ce"][0], linestyle="--", linewidth=1.3, label=label(item, baselines)
-                )
+                look = {
+                    "color": STYLES["ce"][0],
+                    "linestyle": PATTERNS[(index + (len(baselines) == 1)) % len(PATTERNS)],
+                }
+                if np.isfinite(value):
+                    panel.axhline(value, linewidth=1.3, label=label(item, baselines), **look)
+            mark_empty(panel)
             if row is axes[0]:
                 title(panel, curve_title(metric))
         row_label(row[0], task, 1.5)
@@ -246,7 +268,7 @@ def _transfer(results: Results, model: str) -> Figure | None:
     places = {item: (item.method, _trained_on(item, trained)) for item in trained}
     lines = list(dict.fromkeys(line for _, line in places.values()))
     size = (
-        1.6 + (0.25 + 0.62 * len(tasks)) * len(methods),
+        1.6 + (0.25 + 0.62 * max(len(tasks), 2)) * len(methods),
         (row_height(_LONGEST, 0.3 * len(lines) + 0.4) + 0.35) * len(metrics) + 1.0,
     )
     figure, axes = grid(len(metrics), len(methods), *size, model)

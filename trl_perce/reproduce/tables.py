@@ -20,8 +20,8 @@ from typing import Any
 
 from ..files import written_whole
 from ..markdown import table
-from .layout import Part, Quoted, make_tables
-from .number import Number
+from .layout import Part, make_tables
+from .number import Number, Quoted
 from .plots import write_plots
 from .results import Results
 
