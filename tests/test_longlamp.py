@@ -125,10 +125,8 @@ def test_temporal_rows_have_a_time_and_only_dated_entries(tmp_path, caplog):
     # In setting `user` nothing is later: order and dates are the profile's if they are not complete
     row = load_one(tmp_path, record, setting="user")
     assert row.time is None and [entry.time for entry in row.history] == [None] * 4
-    late = {
-        **record,
-        "profile": [*profile[2:], {**profile[0], "date": record["date"]}],
-    }  # on the same day is not earlier
+    same_day = {**profile[0], "date": record["date"]}
+    late = {**record, "profile": [*profile[2:], same_day]}
     with pytest.raises(ValueError, match="None of the 1 rows"):
         load_one(tmp_path, late, setting="temporal")
     assert "no earlier history (1)" in caplog.text

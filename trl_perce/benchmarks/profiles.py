@@ -27,8 +27,6 @@ from ..persona import PLACEHOLDER
 from .reading import Skips, take, to_days
 
 
-logger = logging.getLogger(__name__)
-
 # Examples a task in the PerCE paper's experiments (its section on the set-up)
 NUM_ROWS = {"train": 2000, "validation": 500, "test": 500}
 # Columns of a date, in a row or in an item of its profile; the first that is there counts
