@@ -353,7 +353,7 @@ def test_a_judge_rates(evaluate, tmp_path, capsys):
         (["--max_rows", "0"], "`max_rows` is 0"),
         (["--temperature", "-1"], "`temperature` is -1"),
         (["--max_new_tokens", "600"], "leaves no room for a prompt"),
-        (["--temperatur", "1"], "Did you mean `temperature`"),
+        (["--temprature", "1"], "Did you mean `temperature`"),
         (["--metrics", "rouge", "bert"], "`metrics` must name"),
         (["--judge_model", "x"], "`judge_base_url` and `judge_model` belong together"),
         (["--reference_scores", "nowhere"], "there is no 'scores.jsonl' in 'nowhere'"),
