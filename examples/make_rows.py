@@ -11,115 +11,75 @@
 # limitations under the License.
 
 """
-Turn files of user histories into rows with `persona`, `prompt` and `completion`, which `trl-perce train` takes.
+Turn users' histories into rows with `persona`, `prompt` and `completion`, which `trl-perce train`, `score` and `evaluate` take.
 
-    python examples/make_rows.py reviews SOURCE_FOLDER data/product_review
-    python examples/make_rows.py posts SOURCE_FOLDER data/forum_posts
-    python examples/make_rows.py chats SOURCE_FOLDER data/persona_chat
+    python examples/make_rows.py rows my_data data/mine                     # your own: {"user", "history", "query", "response"}
+    python examples/make_rows.py reviews product_reviews data/product_review
+    python examples/make_rows.py longlamp hub data/product_review --task product_review --retrieval contriever
+    python examples/make_rows.py lamp LaMP_5 data/paper_titles --task LaMP_5
 
-`SOURCE_FOLDER` holds `train.jsonl` and `test.jsonl`. A line of `reviews` is a reviewer, `{"reviews": [{"overall",
-"summary", "description", "reviewText"}, …]}`: one review is left out and becomes the response, the others are the persona.
-A line of `posts` is an author, `{"posts": [{"forum", "post"}, …]}`: likewise, and the question gives the post's first ten
-words. A line of `chats` is a conversation, `{"user_2_persona": [sentence, …], "conversation": [{"user": 1 or 2, "text"},
-…]}`: the second user's replies become responses, given that user's persona and the dialogue so far.
+The second argument is the folder with the source's files, or `hub` for LongLaMP from the Hub. What the files of `rows`,
+`reviews`, `posts` and `chats` look like is said in `trl_perce/benchmarks/histories.py`.
 """
 
 import argparse
 import json
-import random
-from collections.abc import Iterator
+import logging
 from pathlib import Path
 
+from trl_perce.benchmarks import histories, lamp, longlamp
 from trl_perce.files import written_whole
+from trl_perce.history import HistoryRow, to_examples
+from trl_perce.retrieval import Retriever
 
 
-def leave_one_out(items: list[dict], entries: int, rows: int, rng: random.Random) -> Iterator[tuple[dict, list[dict]]]:
-    """Leave one item out, `rows` times at most: that item, and up to `entries` of the others in their order."""
-    for target in rng.sample(range(len(items)), min(rows, len(items))):
-        others = [item for index, item in enumerate(items) if index != target]
-        yield (
-            items[target],
-            [others[index] for index in sorted(rng.sample(range(len(others)), min(entries, len(others))))],
+FORMATS = ("rows", "reviews", "posts", "chats")
+
+
+def load(args: argparse.Namespace, split: str) -> list[HistoryRow]:
+    """Rows of a split with their users' whole histories."""
+    if args.kind in FORMATS:
+        return histories.load(
+            split, args.source, args.kind, args.num_rows, args.rows_per_user, max_words=args.max_words, seed=args.seed
         )
-
-
-def review_rows(reviewer: dict, entries: int, rows: int, rng: random.Random) -> Iterator[dict]:
-    """One of the reviewer's reviews is the response, others are the persona."""
-    for review, others in leave_one_out(reviewer["reviews"], entries, rows, rng):
-        question = (
-            f'Write the review that this reviewer writes of a product with the description "{review["description"]}". They '
-            f'give it {review["overall"]:g} of 5 stars. The summary of the review is "{review["summary"]}".'
-        )
-        yield {
-            "persona": "\n\n".join(
-                f'{other["overall"]:g} of 5 stars for "{other["description"]}": {other["summary"]}\n{other["reviewText"]}'
-                for other in others
-            ),
-            "prompt": [{"role": "user", "content": f"Past reviews of a reviewer:\n\n{{persona}}\n\n{question}"}],
-            "completion": [{"role": "assistant", "content": review["reviewText"]}],
-        }
-
-
-def post_rows(author: dict, entries: int, rows: int, rng: random.Random) -> Iterator[dict]:
-    """One of the author's posts, but for its first words, is the response, others are the persona."""
-    for post, others in leave_one_out(author["posts"], entries, rows, rng):
-        words = post["post"].split()
-        question = (
-            f'Go on with the post that this author begins in the forum {post["forum"]} with "{" ".join(words[:10])}".'
-        )
-        yield {
-            "persona": "\n\n".join(f"In {other['forum']}: {other['post']}" for other in others),
-            "prompt": [{"role": "user", "content": f"Past posts of an author:\n\n{{persona}}\n\n{question}"}],
-            "completion": [{"role": "assistant", "content": " ".join(words[10:])}],
-        }
-
-
-def chat_rows(chat: dict, entries: int, rows: int, rng: random.Random) -> Iterator[dict]:
-    """Up to `rows` replies of the second user; the persona is up to `entries` of that user's sentences."""
-    turns = chat["conversation"]
-    replies = [i for i, turn in enumerate(turns) if turn["user"] == 2 and i > 0 and turns[i - 1]["user"] == 1]
-    for target in sorted(rng.sample(replies, min(rows, len(replies)))):
-        before = turns[:target] if turns[0]["user"] == 1 else turns[1:target]
-        prompt = [{"role": "user" if turn["user"] == 1 else "assistant", "content": turn["text"]} for turn in before]
-        prompt[0]["content"] = f"You are this person: {{persona}}\nChat with me.\n\n{prompt[0]['content']}"
-        yield {
-            "persona": " ".join(chat["user_2_persona"][:entries]),
-            "prompt": prompt,
-            "completion": [{"role": "assistant", "content": turns[target]["text"]}],
-        }
+    num_rows = "all" if args.num_rows is None else args.num_rows
+    if args.kind == "lamp":
+        return lamp.load(split, args.task, path=args.source, num_rows=num_rows, seed=args.seed)
+    path = None if args.source == "hub" else args.source
+    return longlamp.load(split, args.task, args.setting, path=path, num_rows=num_rows, seed=args.seed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["reviews", "posts", "chats"])
-    parser.add_argument("source", type=Path, help="folder with train.jsonl and test.jsonl")
-    parser.add_argument("output", type=Path, help="folder for the rows")
-    parser.add_argument("--entries", type=int, default=4, help="history entries or sentences a persona (default 4)")
-    parser.add_argument("--rows", type=int, default=2, help="rows a reviewer or conversation (default 2)")
+    parser.add_argument("kind", choices=[*FORMATS, "longlamp", "lamp"])
+    parser.add_argument("source", help="folder of the source's files, or `hub`")
+    parser.add_argument("output", type=Path, help="folder for train.jsonl and test.jsonl")
+    parser.add_argument(
+        "--splits", nargs="+", default=["train", "test"], help="also: validation (LaMP has no test outputs)"
+    )
+    parser.add_argument("--task", help="of LongLaMP: abstract_generation, …; of LaMP: LaMP_4, …")
+    parser.add_argument("--setting", default="user", help="of LongLaMP: user (default) or temporal")
+    parser.add_argument(
+        "--retrieval", default="bm25", help="bm25 (default), contriever, recency, random, or an encoder"
+    )
+    parser.add_argument("--k", type=int, default=4, help="history entries a persona (default 4)")
+    parser.add_argument("--num_rows", type=int, help="rows a split, sampled (default all)")
+    parser.add_argument("--rows_per_user", type=int, default=2, help="rows a user or conversation (default 2)")
     parser.add_argument("--max_words", type=int, default=300, help="leave out longer responses (default 300 words)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.kind in ("longlamp", "lamp") and args.task is None:
+        parser.error(f"{args.kind} needs --task")
 
-    to_rows = {"reviews": review_rows, "posts": post_rows, "chats": chat_rows}[args.kind]
-    for split in ("train", "test"):
-        rng, kept, left_out = random.Random(args.seed), 0, 0
-        with (
-            open(args.source / f"{split}.jsonl", encoding="utf-8") as source,
-            written_whole(args.output / f"{split}.jsonl") as part,
-            open(part, "w", encoding="utf-8") as out,
-        ):
-            for line in source:
-                for row in to_rows(json.loads(line), args.entries, args.rows, rng):
-                    words = len(row["completion"][0]["content"].split())
-                    if not row["persona"].strip() or not 1 <= words <= args.max_words:
-                        left_out += 1
-                        continue
-                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    kept += 1
-        print(
-            f"{args.output / split}.jsonl: {kept} rows; left out {left_out} (no persona, or a response that is empty or "
-            f"longer than {args.max_words} words)"
-        )
+    logging.basicConfig(format="%(message)s")
+    retriever = Retriever(args.retrieval, args.k, cache_dir=".cache/retrieval", seed=args.seed)
+    for split in args.splits:
+        rows = load(args, split)
+        path = args.output / f"{split}.jsonl"
+        with written_whole(path) as part, open(part, "w", encoding="utf-8") as out:
+            for example in to_examples(rows, retriever(rows)):
+                out.write(json.dumps(example, ensure_ascii=False) + "\n")
+        print(f"{path}: {len(rows)} rows")
 
 
 if __name__ == "__main__":

@@ -1,81 +1,24 @@
 """The client for endpoints: against a small server of our own, and, with the judge and the builder, a real one."""
 
 import json
-import os
+import logging
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.util import find_spec
-from pathlib import Path
+import traceback
 
 import pytest
 
 from conftest import ROOT
+from servers import needs_openai, requests_of, user
 from trl_perce.benchmarks.persona_qa import judge_words, load_rows
 from trl_perce.benchmarks.persona_qa_builder import build_rows
-from trl_perce.endpoint import Endpoint
+from trl_perce.endpoint import Endpoint, EndpointError
 
 
-MISSING = [name for name in ("openai", "fastapi", "uvicorn", "pydantic") if find_spec(name) is None]
-needs_openai = pytest.mark.skipif("openai" in MISSING, reason="needs pip install 'trl_perce[judge]'")
-
-
-def user(text):
-    return [{"role": "user", "content": text}]
-
-
-class EchoServer(ThreadingHTTPServer):
-    """Answers "echo: <text>" after 50 ms; "busy" once with 503 before, "bad" always with 400."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), EchoHandler)
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        self.lock, self.running, self.most, self.texts, self.bodies, self.keys = threading.Lock(), 0, 0, [], [], set()
-
-
-class EchoHandler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = body["messages"][-1]["content"]
-        with server.lock:
-            server.running += 1
-            server.most = max(server.most, server.running)
-            server.keys.add(self.headers["Authorization"])
-            server.bodies.append(body)
-            server.texts.append(text)
-        time.sleep(0.05)
-        with server.lock:
-            server.running -= 1
-        status = 400 if text == "bad" else 503 if text == "busy" and server.texts.count("busy") == 1 else 200
-        message = {"role": "assistant", "content": None if text == "nothing" else f"echo: {text}"}
-        reply = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
-        reply |= {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
-        data = json.dumps(reply if status == 200 else {"error": {"message": f"no to {text}"}}).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def echo(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    server = EchoServer()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+pytest_plugins = ["servers"]
 
 
 @needs_openai
@@ -96,6 +39,38 @@ def test_key_of_the_environment(echo, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-7")
     Endpoint(echo.url, "m").ask([user("a")])
     assert echo.keys == {"Bearer secret-7"}
+
+
+@needs_openai
+def test_the_key_is_written_nowhere(echo, monkeypatch, tmp_path, caplog):
+    key = "sk-secret-0123456789"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    caplog.set_level(logging.DEBUG)
+    path = tmp_path / "answers.jsonl"
+    endpoint = Endpoint(echo.url, "m", cache_path=path)
+    endpoint.ask([user("a"), user("b")], seeds=[1, 2])
+    with pytest.raises(EndpointError, match="no to Bearer <OPENAI_API_KEY>") as error:
+        endpoint.ask([user("key")])  # the server repeats the key
+    assert echo.keys == {f"Bearer {key}"}
+    texts = "".join(traceback.format_exception(error.value)), path.read_text(), caplog.text, repr(endpoint)
+    assert all(texts) and not any(key in text for text in texts)
+    monkeypatch.setenv("OPENAI_API_KEY", "no")  # is no secret, and part of many words
+    with pytest.raises(EndpointError, match="no to bad"):
+        Endpoint(echo.url, "m").ask([user("bad")])
+    with pytest.raises(ValueError, match="password.*OPENAI_API_KEY"):
+        Endpoint("https://me:pw@localhost/v1", "m")
+
+
+@needs_openai
+def test_seeds_tell_requests_apart(echo, tmp_path):
+    endpoint = Endpoint(echo.url, "m", temperature=1.0, cache_path=tmp_path / "answers.jsonl")
+    assert endpoint.ask([user("a"), user("a"), user("b")], seeds=[0, 1, 1]) == ["echo: a", "echo: a", "echo: b"]
+    asked = sorted((body["messages"][0]["content"], body["seed"]) for body in echo.bodies)
+    assert asked == [("a", 0), ("a", 1), ("b", 1)]
+    endpoint.ask([user("a")], seeds=[1])
+    assert len(echo.texts) == 3
+    endpoint.ask([user("a")])
+    assert len(echo.texts) == 4 and "seed" not in echo.bodies[-1]
 
 
 @needs_openai
@@ -188,41 +163,6 @@ def test_without_the_package(monkeypatch):
 
 
 # ── a real server ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture(scope="module")
-def server(smollm2, tmp_path_factory):
-    """`transformers serve` on a free port: its address and its log."""
-    if MISSING:
-        pytest.skip(f"transformers serve needs {', '.join(MISSING)}: pip install 'transformers[serving]'")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    program = os.path.join(os.path.dirname(sys.executable), "transformers")
-    with open(log, "w") as file:
-        process = subprocess.Popen(
-            [program, "serve", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
-    try:
-        for _ in range(400):
-            assert process.poll() is None, log.read_text()
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}/v1", log
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-
-
-def requests_of(log: Path) -> int:
-    return log.read_text().count("POST /v1/chat/completions")
 
 
 def test_real_judge(server, smollm2, tmp_path):

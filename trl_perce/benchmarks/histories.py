@@ -79,13 +79,12 @@ def load(
     skips, rows, rng = Skips(), [], Random(seed)
     for number, record in enumerate(records):
         try:
-            made = [*_FORMATS[format](record, number, turns)]
+            made = [row for row in _FORMATS[format](record, number, turns) if _is_usable(row, max_words, skips)]
         except (KeyError, TypeError, AttributeError) as error:
             what = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
             raise ValueError(
                 f"{file}, record {number + 1}: {what}. A record of `{format}` is {_SHAPES[format]}."
             ) from error
-        made = [row for row in made if _is_usable(row, max_words, skips)]
         if format != "rows" and rows_per_user is not None and len(made) > rows_per_user:
             made = [made[index] for index in sorted(rng.sample(range(len(made)), rows_per_user))]
         rows += made
@@ -124,6 +123,8 @@ def _first_held_out(records: list[dict[str, Any]]) -> int:
 
 
 def _is_usable(row: dict[str, Any], max_words: int | None, skips: Skips) -> bool:
+    if not isinstance(row["response"], str):
+        raise TypeError(f"the response of row {row['id']} is {row['response']!r} and no text")
     words = len(row["response"].split())
     if not words:
         reason = "the response is empty"

@@ -16,8 +16,10 @@ import hashlib
 import json
 import logging
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,10 +43,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
             than objects. The message names the file and the line, or the item of the list.
     """
     path = _existing(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8 ({error}). Give a JSON or JSONL file.") from None
+    text = _read_text(path)
     if not text.strip():
         raise ValueError(f"{path} is empty. Download it again.")
     if text.lstrip()[0] == "[":
@@ -72,10 +71,30 @@ def read_object(path: str | Path) -> dict[str, Any]:
         `ValueError`: The file is no JSON from some line on, or holds something else. The message names the file and the line.
     """
     path = _existing(path)
-    content = _parse(path.read_text(encoding="utf-8-sig"), path, 1)
+    content = _parse(_read_text(path), path, 1)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {_shown(content)} and not a JSON object.")
     return content
+
+
+def find_file(path: str | Path, names: Iterable[str]) -> Path:
+    """
+    The file that is meant by a path.
+
+    Args:
+        path (`str` or `Path`): The file itself, or a folder that holds it.
+        names (`Iterable[str]`): What the file may be called in a folder, in order of preference; also with folders before it.
+
+    Raises:
+        `FileNotFoundError`: There is no such path, or the folder holds none of the names. The message lists them.
+    """
+    path, names = Path(path), list(names)
+    if path.is_dir():
+        found = [path / name for name in names if (path / name).is_file()]
+        if not found:
+            raise FileNotFoundError(f"The folder {path} holds none of {', '.join(names)}.")
+        return found[0]
+    return _existing(path)
 
 
 def take(record: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
@@ -102,6 +121,47 @@ def take(record: dict[str, Any], key: str, kind: type | tuple[type, ...], where:
             f"{where}: {key!r} is {_shown(value)}. It must be a {' or '.join(k.__name__ for k in kinds)}."
         )
     return value
+
+
+def take_choice(value: Any, name: str, choices: Iterable[T]) -> T:
+    """
+    Raises:
+        `ValueError`: The value is none of the choices. The message names the argument and the choices.
+    """
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}. Choose one of {', '.join(map(repr, choices))}.")
+    return value
+
+
+def to_days(value: int | float | str, where: str) -> float:
+    """
+    A date as a number of days, to order by. A year or a month counts as its first day.
+
+    Args:
+        value (`int`, `float` or `str`): A year (`2012`), `2012-05`, `2012-05-31`, a date with a time in ISO 8601 (UTC if it says
+            nothing else), or seconds since 1970 (a number of five or more digits).
+        where (`str`): File and row, for the message.
+
+    Returns:
+        `float`: Days since the start of year 1.
+
+    Raises:
+        `ValueError`: It is none of these.
+    """
+    if isinstance(value, int | float) and abs(value) >= 10_000:
+        return datetime(1970, 1, 1).toordinal() + value / 86_400
+    text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+    parts = re.fullmatch(r"(\d{4})(?:-(\d{1,2}))?(?:-(\d{1,2}))?", text)
+    try:
+        moment = datetime(*(int(part or 1) for part in parts.groups())) if parts else datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(
+            f"{where}: {value!r} is no date. Write 2012, 2012-05, 2012-05-31 or seconds since 1970."
+        ) from None
+    if moment.tzinfo is not None:
+        moment = moment.astimezone(UTC)
+    return moment.toordinal() + (moment.hour * 3600 + moment.minute * 60 + moment.second) / 86_400
 
 
 def check_unique(ids: Iterable[str], where: str) -> None:
@@ -139,7 +199,7 @@ def sample(items: Sequence[T], num: int | None, seed: int) -> list[T]:
         seed (`int`): The same seed and number of items give the same sample everywhere.
 
     Raises:
-        `ValueError`: `num` is below 1.
+        `ValueError`: `num` is no positive number.
     """
     _check_num(num)
     return [items[index] for index in sorted(random_order(len(items), seed)[:num])]
@@ -156,9 +216,10 @@ class Skips:
     def __init__(self):
         self.counts: Counter[str] = Counter()
 
-    def add(self, reason: str) -> None:
-        """Count one that is left out. `reason` completes "3 rows were left out: …"."""
-        self.counts[reason] += 1
+    def add(self, reason: str, number: int = 1) -> None:
+        """Count what is left out. `reason` stands in the log as "3 rows were left out: no history (2), no output (1)"."""
+        if number:
+            self.counts[reason] += number
 
     def log(self, logger: logging.Logger, what: str) -> None:
         """One warning with all reasons and their numbers, or nothing. `what` says of what, as in "rows of reviews.jsonl"."""
@@ -190,7 +251,7 @@ def draw_rows(
         `list`: The rows, in the order of the source.
 
     Raises:
-        `ValueError`: No row is usable, or `num_rows` is below 1.
+        `ValueError`: No row is usable, or `num_rows` is no positive number.
     """
     _check_num(num_rows)
     drawn: dict[int, T] = {}
@@ -215,8 +276,8 @@ def ids_hash(ids: Iterable[str]) -> str:
 
 
 def _check_num(num: int | None) -> None:
-    if num is not None and num < 1:
-        raise ValueError(f"The number of rows to sample is {num}. Write a positive number, or `None` for all rows.")
+    if num is not None and (not isinstance(num, int) or num < 1):
+        raise ValueError(f"The number of rows to draw is {num!r}. Write a positive number.")
 
 
 def _existing(path: str | Path) -> Path:
@@ -224,6 +285,13 @@ def _existing(path: str | Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     return path
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}). Give a JSON or JSONL file.") from None
 
 
 def _parse(text: str, path: Path, first_line: int) -> Any:

@@ -13,11 +13,11 @@
 import argparse
 import sys
 
-from . import evaluate, score, train
+from . import aloe, evaluate, reproduce, score, train
 
 
 # One module a command, with `HELP` and `run(argv)`
-COMMANDS = {"train": train, "score": score, "evaluate": evaluate}
+COMMANDS = {"train": train, "score": score, "evaluate": evaluate, "aloe": aloe, "reproduce": reproduce}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -134,6 +134,7 @@ def main(script_args, training_args, model_args, dataset_args):
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.accelerator.print("✅ Training completed.")
     trainer.save_model(training_args.output_dir)
+    trainer.save_state()
     trainer.create_model_card(dataset_name=script_args.dataset_name)  # PEFT saves a blank one
     trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:

@@ -30,7 +30,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "perce": {"token_weighting": "perce"},
     "perce_sequence": {"token_weighting": "perce", "weight_normalization": "sequence"},
 }
-# Methods whose weights are clipped; the others are the same for every clip range
 BENCHMARKS = ("histories", "longlamp", "lamp", "general_qa", "aloe")
 # Benchmarks that are only evaluated on
 _UNTRAINED = ("general_qa", "aloe")
@@ -48,8 +47,10 @@ class Task:
         train_rows (`int`, *optional*, defaults to `2000`): Rows that are trained on (the paper's number).
         validation_rows (`int`, *optional*, defaults to `0`): Rows for choosing the learning rate. 0: nothing is chosen.
         test_rows (`int`, *optional*, defaults to `500`): Rows that are evaluated (the paper's number).
+        test_split (`str`, *optional*, defaults to `"test"`): Split that they are taken from. LaMP's outputs are public for
+            `"validation"` only.
         retrieval (`dict[str, Any]`): What [`~retrieval.Retriever`] takes.
-        generation (`dict[str, Any]`): Changes of the grid's `generation` for this task.
+        evaluation (`dict[str, Any]`): Changes of the grid's `evaluation` for this task.
     """
 
     name: str
@@ -58,8 +59,9 @@ class Task:
     train_rows: int = 2000
     validation_rows: int = 0
     test_rows: int = 500
+    test_split: str = "test"
     retrieval: dict[str, Any] = field(default_factory=dict)
-    generation: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_trained(self) -> bool:
@@ -91,20 +93,22 @@ class Settings:
 
     Parameters:
         output_dir (`str`): Folder of all outputs.
-        models (`dict[str, dict[str, Any]]`): Name → arguments of `trl-perce train` that say which model and adapter.
+        models (`dict[str, dict[str, Any]]`): Name → arguments of `trl-perce train` that say which model and adapter, and what else is
+            special to it (such as its batch size).
         tasks (`dict[str, Task]`): Name → task.
         methods (`dict[str, dict[str, Any]]`): Name → fields of [`PerCEConfig`]; in the YAML a list of the known names will do.
         seeds (`list[int]`): Seeds of training: of the adapter's start values and of the order of rows.
         learning_rates (`list[float]`): Peak learning rates.
         clip_ranges (`list[tuple[float, float]]`): Bounds of the weights. CE has no weights and is trained once.
         training (`dict[str, Any]`): Arguments of `trl-perce train` for all runs.
-        generation (`dict[str, Any]`): Arguments of [`~evaluation.generate.GenerationArguments`] for all evaluations.
-        scoring (`dict[str, Any]`): Fields of [`PerContrastConfig`] for the log-likelihoods.
+        evaluation (`dict[str, Any]`): Arguments of `trl-perce evaluate` for all evaluations.
         transfer (`bool`): Whether adapters are evaluated on all tasks (Tables 3 and 8), or on their own and on those that nothing
             is trained on.
-        judge (`dict[str, Any]`): `base_url` and `model` of the judge's endpoint, and other arguments of [`Endpoint`].
-        launcher (`str`): What stands before `-m trl_perce.cli.train …`, such as `accelerate launch --num_processes 4`. If it is
-            empty, runs are trained in this process.
+        judge (`dict[str, Any]`): `base_url` and `model` of a judge's endpoint, which rates predictions of rows with a persona.
+        launch (`dict[str, Any]`): Arguments of `accelerate launch` for the training runs, such as `num_processes: 4` or
+            `accelerate_config: recipes/accelerate_configs/fsdp2.yaml`. Without any, a run trains as `trl-perce train` does: on all
+            devices that this process sees.
+        quotes (`str`, *optional*): JSON file of further figures of the paper ([`~reproduce.paper.load_quotes`]).
     """
 
     output_dir: str
@@ -115,11 +119,11 @@ class Settings:
     learning_rates: list[float]
     clip_ranges: list[tuple[float, float]] = field(default_factory=lambda: [(0.8, 5.0)])
     training: dict[str, Any] = field(default_factory=dict)
-    generation: dict[str, Any] = field(default_factory=dict)
-    scoring: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
     transfer: bool = False
     judge: dict[str, Any] = field(default_factory=dict)
-    launcher: str = ""
+    launch: dict[str, Any] = field(default_factory=dict)
+    quotes: str | None = None
 
     def cells(self) -> list[Cell]:
         """All runs. Seeds vary slowest, so that a grid that stops early has whole comparisons."""
@@ -147,7 +151,7 @@ class Settings:
 
 def load_settings(path: str | Path, **changes) -> Settings:
     """
-    Read a grid's YAML.
+    Read a grid's YAML. With `extends: other.yaml` it has the keys of another file beside it, except those that it writes itself.
 
     Args:
         path (`str` or `Path`): The file.
@@ -160,14 +164,19 @@ def load_settings(path: str | Path, **changes) -> Settings:
         `FileNotFoundError`: There is no such file.
         `ValueError`: A key is unknown, missing or has a wrong value; the message says which and what to write instead.
     """
-    loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path}: expected keys and values, got {type(loaded).__name__}.")
-    loaded |= changes
+    loaded = _read(Path(path)) | changes
     try:
         return _checked(loaded)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path}: expected keys and values, got {type(loaded).__name__}.")
+    extended = loaded.pop("extends", None)
+    return loaded if extended is None else _read(path.parent / extended) | loaded
 
 
 def _checked(loaded: dict[str, Any]) -> Settings:
@@ -199,6 +208,8 @@ def _checked(loaded: dict[str, Any]) -> Settings:
             raise ValueError(
                 f"`learning_rates`: {rate!r} is not a positive number. YAML reads 1.0e-3, but 1e-3 as a text."
             )
+    if loaded.get("judge") and set(loaded["judge"]) != {"base_url", "model"}:
+        raise ValueError("`judge` must have `base_url` and `model`, and nothing else.")
     clips = loaded.get("clip_ranges", [(0.8, 5.0)])
     for clip in clips:
         if not isinstance(clip, list | tuple) or len(clip) != 2 or not 0 <= clip[0] <= clip[1]:

@@ -1,0 +1,239 @@
+import json
+import math
+
+import pytest
+import yaml
+
+from trl_perce.cli.main import main
+from trl_perce.reproduce.steps import prompt_lengths, read_log
+
+
+TRAINING = {
+    **{"max_length": 96, "max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "save_strategy": "no"},
+    **{
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "use_peft": True,
+        "lora_target_modules": "all-linear",
+    },
+}
+EVALUATION = {"max_new_tokens": 8, "temperature": 0.0, "metrics": ["rouge"], "swap_persona": True}
+
+
+def write_histories(folder, words, rows=6):
+    folder.mkdir()
+    for split in ("train", "test"):
+        lines = [
+            {
+                "id": f"{split}{index}",
+                "user": f"{split} user {index}",
+                "history": [f"I like {words[index % len(words)]}.", "I ride a bicycle."],
+                "query": "What do I like?",
+                "response": f"You like {words[index % len(words)]}.",
+            }
+            for index in range(rows)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {
+        "benchmark": "histories",
+        "path": str(folder),
+        "train_rows": rows,
+        "test_rows": 4,
+        "retrieval": {"method": "bm25", "k": 1},
+    }
+
+
+@pytest.fixture(scope="module")
+def grid(tiny_model, tmp_path_factory):
+    """A grid of two tasks and two methods, run once. Gives a function that runs it again with changes, and its folder."""
+    folder = tmp_path_factory.mktemp("grid")
+    settings = {
+        "output_dir": str(folder / "out"),
+        "models": {"tiny": {"model_name_or_path": tiny_model}},
+        "tasks": {
+            "crafts": write_histories(folder / "crafts", ["linen", "needles", "dresses"]) | {"validation_rows": 0},
+            "food": write_histories(folder / "food", ["bread", "soup", "rice"]),
+        },
+        "methods": ["ce", "perce"],
+        "seeds": [0],
+        "learning_rates": [1.0e-3],
+        "transfer": True,
+        "training": TRAINING,
+        "evaluation": EVALUATION,
+    }
+
+    def run(*arguments, **changes):
+        path = folder / "grid.yaml"
+        path.write_text(yaml.safe_dump(settings | changes, sort_keys=False))
+        return main(["reproduce", "--config", str(path), *arguments])
+
+    assert run() == 0
+    return run, folder / "out"
+
+
+def read_records(out):
+    return json.loads((out / "records.json").read_text())
+
+
+def done(out):
+    """Time of each finished step."""
+    names = ("data", "train", "evaluate", "judge")
+    return {path: path.stat().st_mtime_ns for name in names for path in out.rglob(f"{name}.json")}
+
+
+def test_everything_is_trained_and_evaluated(grid):
+    _, out = grid
+    # 2 data, 2 untrained evaluations, 4 runs, each with 2 evaluations
+    assert len(done(out)) == 2 + 2 + 4 + 8
+    records = read_records(out)
+    conditions = {
+        (record["method"], record["train_task"], record["task"]) for record in records if record["metric"] == "rougeL"
+    }
+    tasks = ("crafts", "food")
+    assert conditions == {("untrained", None, task) for task in tasks} | {
+        (method, trained, task) for method in ("ce", "perce") for trained in tasks for task in tasks
+    }
+    for record in records:
+        assert set(record) == {
+            *("model", "train_task", "task", "method", "learning_rate", "clip", "seed"),
+            *("metric", "value", "interval", "rows"),
+        }
+
+
+def test_a_record_is_what_the_evaluation_found(grid):
+    _, out = grid
+    folder = out / "runs/tiny/crafts/perce-lr0.001-clip0.8-5-seed0"
+    found = json.loads((folder / "food" / "metrics.json").read_text())["metrics"]
+    lines = [json.loads(line) for line in (folder / "food" / "metrics.jsonl").read_text().splitlines()]
+    names = {"rougeL": "rougeL", "uptake/own": "uptake", "swapped/uptake/other": "uptake_of_swapped"}
+    names["log_likelihood/personal_swapped"] = "log_likelihood/personal_swapped"
+    for name, metric in names.items():
+        (record,) = (
+            record
+            for record in read_records(out)
+            if (record["method"], record["train_task"], record["task"], record["metric"])
+            == ("perce", "crafts", "food", metric)
+        )
+        assert record["value"] == found[name]["mean"] and record["rows"] == len(lines) == 4
+        assert record["value"] == pytest.approx(sum(line[name] for line in lines) / 4)
+
+
+def test_the_untrained_model_decides_which_tokens_are_personal(grid):
+    _, out = grid
+    reference = out / "untrained/tiny/food/scores/scores.jsonl"
+    personal = sum(sum(json.loads(line)["is_personal"]) for line in reference.read_text().splitlines())
+    tokens = sum(len(json.loads(line)["tokens"]) for line in reference.read_text().splitlines())
+    shares = {
+        record["value"]
+        for record in read_records(out)
+        if record["task"] == "food" and record["metric"] == "personal_fraction"
+    }
+    assert 0 < personal < tokens
+    assert len({round(share, 6) for share in shares}) == 1 and shares.pop() == pytest.approx(personal / tokens)
+
+
+def test_methods_train_as_their_recipes_say(grid):
+    _, out = grid
+    recipes = {
+        method: yaml.safe_load((out / f"runs/tiny/food/{method}-lr0.001-clip0.8-5-seed0/train.yaml").read_text())
+        for method in ("ce", "perce")
+    }
+    assert [recipes[method]["token_weighting"] for method in recipes] == ["uniform", "perce"]
+    differing = {key for key in recipes["ce"] if recipes["ce"][key] != recipes["perce"][key]}
+    assert differing == {"token_weighting", "output_dir"}
+    log = read_log(out / "runs/tiny/food/perce-lr0.001-clip0.8-5-seed0")
+    assert 0.8 <= log["weight/mean"] <= 5
+
+
+def test_prompt_lengths_are_those_of_the_prompts(grid, tokenizer):
+    _, out = grid
+    lengths = prompt_lengths(out / "untrained/tiny/food")["prompt_lengths"]
+    rows = [json.loads(line) for line in (out / "data/food/test.jsonl").read_text().splitlines()]
+    with_persona = []
+    for row in rows:
+        row["prompt"][0]["content"] = row["prompt"][0]["content"].replace("{persona}", row["persona"])
+        with_persona.append(len(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]))
+    assert lengths["rows"] == 4
+    assert lengths["with_persona"] == pytest.approx(sum(with_persona) / 4)
+    persona = [len(tokenizer(row["persona"])["input_ids"]) for row in rows]
+    # A token may reach over the persona's border
+    assert lengths["with_persona"] - lengths["without_persona"] == pytest.approx(sum(persona) / 4, abs=2)
+
+
+def test_the_tables_have_the_figures(grid):
+    _, out = grid
+    text = (out / "tables.md").read_text()
+    assert "Table 1" in text and "PerCE" in text and "not run" in text
+    tables = json.loads((out / "tables.json").read_text())
+    assert tables and not any(math.isnan(value) for value in _numbers(tables))
+    assert any(path.stat().st_size > 5000 for path in out.glob("*.png"))
+
+
+def _numbers(value):
+    if isinstance(value, dict):
+        value = [*value.values()]
+    if isinstance(value, list):
+        for own in value:
+            yield from _numbers(own)
+    elif isinstance(value, float):
+        yield value
+
+
+def test_what_is_done_stays_done_and_a_grid_grows(grid, capsys):
+    run, out = grid
+    before = done(out)
+    assert run() == 0
+    assert done(out) == before
+    assert run("--dry_run", methods=["ce", "perce"], seeds=[0, 1]) == 0
+    assert "16 of 28 steps are done" in capsys.readouterr().out
+    assert (
+        run(
+            methods=["perce"],
+            seeds=[0, 1],
+            tasks={"crafts": yaml.safe_load((out.parent / "grid.yaml").read_text())["tasks"]["crafts"]},
+        )
+        == 0
+    )
+    after = done(out)
+    assert {path: time for path, time in after.items() if path in before} == before
+    assert sorted(path.parent.name for path in after.keys() - before.keys()) == [
+        "crafts",
+        "perce-lr0.001-clip0.8-5-seed1",
+    ]
+
+
+def test_errors_come_before_anything_runs(grid, capsys):
+    run, out = grid
+    before = done(out)
+    for changes, message in (
+        (
+            {"training": TRAINING | {"learning_rat": 1}},
+            "unknown key or argument `learning_rat`. Did you mean `learning_rate`?",
+        ),
+        (
+            {"evaluation": EVALUATION | {"temprature": 1}},
+            "unknown key or argument `temprature`. Did you mean `temperature`?",
+        ),
+        ({"training": TRAINING | {"max_steps": 3}}, "`recipe.max_steps` was 2 and is 3. Choose another `output_dir`"),
+        ({"evaluation": EVALUATION | {"max_new_tokens": 9}}, "`config.max_new_tokens` was 8 and is 9"),
+    ):
+        with pytest.raises(SystemExit) as exited:
+            run(**changes)
+        assert exited.value.code == 2
+        assert message in capsys.readouterr().err
+    assert done(out) == before
+
+
+def test_a_step_that_fails_is_named(grid, tmp_path, capsys):
+    run, out = grid
+    assert (
+        run(
+            "--output_dir",
+            str(tmp_path),
+            tasks={"none": {"benchmark": "histories", "path": str(tmp_path / "nowhere")}},
+        )
+        == 1
+    )
+    assert "data.error" in capsys.readouterr().out
+    assert "There is no file" in (tmp_path / "data/none/data.error").read_text()

@@ -1,0 +1,189 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+`trl-perce reproduce`: the paper's tables from one command.
+
+    trl-perce reproduce --config recipes/reproduce/local.yaml
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from .common import disable_progress_bars
+
+
+HELP = "Train and evaluate a grid of methods, and make the paper's tables with our figures beside its own"
+# Metrics of a run's own task that the live table shows
+_SHOWN = ("rougeL", "log_likelihood/personal", "log_likelihood/other", "uptake/own")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trl-perce reproduce",
+        description=f"{HELP}. What is done stays done: a grid that was killed goes on, a YAML that has grown trains what is new, "
+        "and several processes (one a GPU, say) may run the same grid at the same time. Writes tables.md, tables.json, "
+        "records.json and plots to the grid's `output_dir`.",
+    )
+    parser.add_argument("--config", required=True, help="YAML file of the grid, such as recipes/reproduce/local.yaml")
+    parser.add_argument("--output_dir", help="folder of all outputs, instead of the file's `output_dir`")
+    parser.add_argument("--tables", type=int, nargs="+", help="numbers of the tables to make; by default all")
+    parser.add_argument("--tables_only", action="store_true", help="run nothing; make the tables of what is done")
+    parser.add_argument("--dry_run", action="store_true", help="run nothing; show what is done and what is to be done")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """
+    Run a grid and make its tables.
+
+    Args:
+        argv (`list[str]`): Arguments after `trl-perce reproduce`.
+
+    Returns:
+        `int`: Exit code: 0, 1 if a step failed, 2 if the arguments or the file are wrong, or earlier outputs have other settings.
+    """
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    disable_progress_bars()  # each step has a log of its own
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        steps = _read(args)
+        cells = make_cells(steps)
+        if args.dry_run:
+            _print_plan(steps, cells, console)
+            return 0
+        failed = [] if args.tables_only else _run_steps(steps, console)
+        _write_tables(steps, args.tables, console)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"trl-perce reproduce: error: {error}\n")
+    for step in failed:
+        console.print(f"Failed: {step.folder}, {step.kind}. See {step.kind}.error there.", style="red", markup=False)
+    return 1 if failed else 0
+
+
+def _read(args: argparse.Namespace):
+    """The grid's steps; those that are done have their results. All that is wrong with the file is found here."""
+    from trl_perce.cli import train
+    from trl_perce.cli.common import check_known
+    from trl_perce.reproduce.settings import load_settings
+    from trl_perce.reproduce.steps import Steps
+
+    changes = {"output_dir": args.output_dir} if args.output_dir else {}
+    settings = load_settings(args.config, **changes)
+    steps = Steps(settings)
+    from trl_perce.cli import evaluate
+
+    parser = train.make_parser()
+    for step in steps.train.values():
+        check_known(parser, {*step.settings["recipe"]}, launch=False)
+    check_known(evaluate.make_parser(), {*settings.evaluation}, launch=False)
+    for step in steps.all():
+        step.read()
+    return steps
+
+
+def _run_steps(steps, console) -> list:
+    """Run what is not done, and show it: in a table that is redrawn on a terminal, else line by line."""
+    from rich.live import Live
+
+    from trl_perce.reproduce.grid import run_steps
+    from trl_perce.reproduce.live import changed_lines, live_table
+
+    if console.is_terminal:
+        with Live(live_table(make_cells(steps)), console=console, refresh_per_second=2) as live:
+            return run_steps(steps.all(), lambda step: live.update(live_table(make_cells(steps))))
+    shown = make_cells(steps)
+
+    def show(step) -> None:
+        nonlocal shown
+        cells = make_cells(steps)
+        for line in changed_lines(shown, cells):
+            console.print(line, markup=False)
+        shown = cells
+
+    return run_steps(steps.all(), show)
+
+
+def make_cells(steps) -> list[dict[str, Any]]:
+    """
+    Where a grid stands, for [`~reproduce.live.live_table`].
+
+    Args:
+        steps ([`~reproduce.steps.Steps`]): The grid's.
+
+    Returns:
+        `list[dict[str, Any]]`: The data, the untrained models, then a cell a run.
+    """
+    cells = [{"name": "data", "steps": {name: step.state for name, step in steps.data.items()}, "metrics": {}}]
+    for model in steps.settings.models:
+        own = {task: parts for (of, task), parts in steps.untrained.items() if of == model}
+        cells.append(
+            {
+                "name": f"{model}/untrained",
+                "steps": {task: _state(parts) for task, parts in own.items()},
+                "metrics": {},
+            }
+        )
+    for cell, train in steps.train.items():
+        own = {task: parts for (of, task), parts in steps.evaluate.items() if of == cell}
+        states = {"train": train.state} | {task: _state(parts) for task, parts in own.items()}
+        seconds = {"train": train.seconds} if train.seconds else {}
+        seconds |= {task: parts[0].seconds for task, parts in own.items() if parts[0].seconds}
+        found = (own[cell.task][0].result or {}).get("metrics", {}) if cell.task in own else {}
+        metrics = {name: found[name]["mean"] for name in _SHOWN if found.get(name, {}).get("mean") is not None}
+        cells.append({"name": cell.name, "steps": states, "metrics": metrics, "seconds": seconds})
+    return cells
+
+
+def _state(parts) -> str:
+    """Of steps that follow on each other: that of the first which is not done."""
+    return next((step.state for step in parts if step.state != "done"), "done")
+
+
+def _print_plan(steps, cells, console) -> None:
+    from trl_perce.reproduce.live import live_table
+
+    console.print(live_table(cells, max_rows=len(cells)))
+    done = sum(step.state == "done" for step in steps.all())
+    console.print(f"{done} of {len(steps.all())} steps are done.")
+
+
+def _write_tables(steps, numbers: list[int] | None, console) -> None:
+    """Write the records and the tables, and say where they are."""
+    from functools import partial
+
+    from rich.markdown import Markdown
+
+    from trl_perce.files import written_whole
+    from trl_perce.reproduce.paper import QUOTES, load_quotes, quoted
+    from trl_perce.reproduce.records import make_records
+    from trl_perce.reproduce.tables import write_tables
+
+    records = make_records(steps)
+    folder = Path(steps.settings.output_dir)
+    with written_whole(folder / "records.json") as part:
+        part.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    quotes = steps.settings.quotes
+    quoting = quoted if quotes is None else partial(quoted, quotes=QUOTES + load_quotes(quotes))
+    paths = write_tables(records, dataclasses.asdict(steps.settings), folder, quoting, numbers)
+    if console.is_terminal:
+        console.print(Markdown(paths[0].read_text(encoding="utf-8")))
+    console.print(
+        f"{len(records)} figures in records.json; written to {folder}: {', '.join(path.name for path in paths)}",
+        markup=False,
+    )

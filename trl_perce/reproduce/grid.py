@@ -1,0 +1,156 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Steps that are run one after another, each once: what is done stays done, over kills and over processes."""
+
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..files import written_whole
+
+
+@dataclass
+class Step:
+    """
+    One step of a grid. Its folder holds `<kind>.json` once it is done, with the settings it was made with and its result.
+
+    Parameters:
+        folder (`Path`): Where its files are.
+        kind (`str`): Names the step within its folder, such as `"train"`.
+        settings (`dict[str, Any]`): All that its result depends on, as JSON takes it.
+        run (`Callable[[], dict[str, Any]]`): Does it. Must stand being run again after it was killed. Returns its result.
+        needs (`tuple[Step, ...]`): Steps that must be done before.
+        state (`str`): `"waiting"`, `"running"`, `"done"`, `"elsewhere"` (another process runs it) or `"failed"`.
+        result (`dict[str, Any]`, *optional*): What `run` has returned.
+        seconds (`float`, *optional*): How long it took.
+    """
+
+    folder: Path
+    kind: str
+    settings: dict[str, Any]
+    run: Callable[[], dict[str, Any]] = field(repr=False)
+    needs: tuple["Step", ...] = ()
+    state: str = "waiting"
+    result: dict[str, Any] | None = None
+    seconds: float | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.kind}.json"
+
+    def read(self) -> bool:
+        """
+        Read the result if it is there.
+
+        Raises:
+            `ValueError`: It was made with other settings; the message says which differ.
+        """
+        if not self.path.is_file():
+            return False
+        kept = json.loads(self.path.read_text(encoding="utf-8"))
+        wanted = json.loads(json.dumps(self.settings))
+        differing = differences(kept["settings"], wanted)
+        if differing:
+            raise ValueError(
+                f"{self.path} was made with other settings: {'; '.join(differing)}. Choose another `output_dir`, or remove "
+                f"{self.folder} to make it anew."
+            )
+        self.state, self.result, self.seconds = "done", kept["result"], kept["seconds"]
+        return True
+
+    def do(self) -> None:
+        """Run it and write its result."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        started = time.time()
+        self.result = self.run()
+        self.seconds = round(time.time() - started, 1)
+        content = {"settings": self.settings, "result": self.result, "seconds": self.seconds}
+        with written_whole(self.path) as part:
+            part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        self.state = "done"
+
+
+def differences(kept: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    """
+    In what two settings differ, for a message.
+
+    Args:
+        kept (`dict[str, Any]`): Earlier settings.
+        wanted (`dict[str, Any]`): Those of now.
+        prefix (`str`, *optional*, defaults to `""`): Of the keys' names.
+
+    Returns:
+        `list[str]`: One text for each key, nested ones with dots.
+    """
+    found = []
+    for key in {**kept, **wanted}:
+        was, now = kept.get(key), wanted.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            found += differences(was, now, f"{prefix}{key}.")
+        elif was != now:
+            found.append(f"`{prefix}{key}` was {was!r} and is {now!r}")
+    return found
+
+
+def run_steps(steps: Iterable[Step], changed: Callable[[Step], None], wait: float = 5.0) -> list[Step]:
+    """
+    Run all steps that are not done. Several processes may do so at the same time in the same folders: each step is done by one
+    of them. A step that fails leaves its traceback in `<kind>.error` and does not hold up those that do not need it.
+
+    Args:
+        steps (`Iterable[Step]`): In the order in which they shall run; a step stands behind those that it needs.
+        changed (`Callable[[Step], None]`): Called when a step has changed its state.
+        wait (`float`, *optional*, defaults to `5.0`): Seconds between looks at the steps of other processes.
+
+    Returns:
+        `list[Step]`: The steps that failed, or that need one that failed.
+    """
+    steps = [*steps]
+    pending = [step for step in steps if step.state != "done"]
+    while pending:
+        moved = False
+        for step in pending:
+            if any(need.state == "failed" for need in step.needs):
+                step.state = "failed"
+            elif all(need.state == "done" for need in step.needs):
+                _try(step, changed)
+            moved |= step.state in ("done", "failed")
+        pending = [step for step in pending if step.state not in ("done", "failed")]
+        if pending and not moved:
+            time.sleep(wait)
+    return [step for step in steps if step.state == "failed"]
+
+
+def _try(step: Step, changed: Callable[[Step], None]) -> None:
+    """Run a step, unless another process has done it or is at it."""
+    step.folder.mkdir(parents=True, exist_ok=True)
+    error_path = step.folder / f"{step.kind}.error"
+    try:
+        with FileLock(step.folder / f".{step.kind}.lock", blocking=False):  # the system frees it when a process dies
+            if not step.read():
+                step.state = "running"
+                changed(step)
+                error_path.unlink(missing_ok=True)
+                step.do()
+    except Timeout:
+        step.state = "elsewhere"
+    except Exception:  # a run out of memory, say, is no reason not to try the others
+        step.state = "failed"
+        error_path.write_text(traceback.format_exc(), encoding="utf-8")
+    changed(step)

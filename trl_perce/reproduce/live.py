@@ -1,0 +1,140 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A grid while it runs: a table for a terminal, lines for a log."""
+
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+
+_STATES = {
+    "waiting": ("·", "dim"),
+    "running": ("▶", "bold cyan"),
+    "elsewhere": ("▷", "cyan"),
+    "done": ("✓", "green"),
+    "failed": ("✗", "bold red"),
+}
+_ACTIVE = ("running", "elsewhere")
+
+
+def live_table(cells: list[dict[str, Any]], max_rows: int = 20) -> Table:
+    """
+    Where a grid stands, a line a cell, for [`~rich.live.Live`] or to print.
+
+    Args:
+        cells (`list[dict[str, Any]]`): In the order in which they run: `"name"` (`str`), `"steps"` (`dict[str, str]`, step →
+            `"waiting"`, `"running"`, `"elsewhere"` (another process has it), `"done"` or `"failed"`), `"metrics"`
+            (`dict[str, float]`, as they come) and, if known, `"seconds"` (`dict[str, float]`, by step).
+        max_rows (`int`, *optional*, defaults to `20`): Cells that are shown. If there are more, those around the running ones, or
+            around the first that waits; the caption counts the others.
+
+    Returns:
+        [`~rich.table.Table`]: Its caption sums up all cells.
+    """
+    first, last = _window([_state(cell) for cell in cells], max_rows)
+    steps = list(dict.fromkeys(step for cell in cells for step in cell["steps"]))
+    metrics = list(dict.fromkeys(metric for cell in cells[first:last] for metric in cell["metrics"]))
+    caption = _summary(cells, first, last)
+    table = Table(caption=caption, caption_justify="left", caption_style="", min_width=len(caption))
+    table.add_column("cell", overflow="fold")
+    for step in steps:
+        table.add_column(Text(step), no_wrap=True)
+    for metric in metrics:
+        table.add_column(Text(metric), justify="right", overflow="fold")
+    for cell in cells[first:last]:
+        table.add_row(
+            Text(cell["name"]),
+            *(_step(cell, step) for step in steps),
+            *(Text(_metric(cell["metrics"].get(metric))) for metric in metrics),
+        )
+    return table
+
+
+def changed_lines(before: list[dict[str, Any]], cells: list[dict[str, Any]]) -> list[str]:
+    """
+    What has happened between two states of a grid, for where no table can be redrawn: a log, a pipe.
+
+    Args:
+        before (`list[dict[str, Any]]`): Earlier cells, as in [`live_table`]; empty at the start.
+        cells (`list[dict[str, Any]]`): Those of now.
+
+    Returns:
+        `list[str]`: A line for each step that has changed its state. A step that waited from the start has none; a cell whose
+        last step is done tells its metrics.
+    """
+    earlier = {cell["name"]: cell["steps"] for cell in before}
+    lines = []
+    for cell in cells:
+        was = earlier.get(cell["name"], {})
+        changed = {step: state for step, state in cell["steps"].items() if state != was.get(step, "waiting")}
+        for step, state in changed.items():
+            seconds = cell.get("seconds", {}).get(step)
+            lines.append(f"{cell['name']}: {step} {state}" + ("" if seconds is None else f" ({_duration(seconds)})"))
+        if changed and _state(cell) == "done" and cell["metrics"]:
+            lines[-1] += "; " + ", ".join(f"{name} {_metric(value)}" for name, value in cell["metrics"].items())
+    return lines
+
+
+def _state(cell: dict[str, Any]) -> str:
+    """One state of all steps of a cell. Begun and waiting for the next step is waiting."""
+    states = set(cell["steps"].values())
+    for state in ("failed", *_ACTIVE, "waiting"):
+        if state in states:
+            return state
+    return "done"
+
+
+def _window(states: list[str], size: int) -> tuple[int, int]:
+    """First and behind the last of `size` cells, so that the active ones are in their middle."""
+    places = [index for index, state in enumerate(states) if state in _ACTIVE]
+    places = places or [index for index, state in enumerate(states) if state == "waiting"][:1] or [len(states) - 1]
+    first = (places[0] + places[-1] + 1 - size) // 2
+    first = max(0, min(first, places[0], len(states) - size))
+    return first, min(len(states), first + size)
+
+
+def _summary(cells: list[dict[str, Any]], first: int, last: int) -> Text:
+    counts = dict.fromkeys(_STATES, 0)
+    for cell in cells:
+        counts[_state(cell)] += 1
+    parts = [f"{count:,} {state}" for state, count in counts.items() if count]
+    text = f"{len(cells):,} cells: {', '.join(parts) or 'none'}"
+    if last - first < len(cells):
+        text += f". Shown: {first + 1:,} to {last:,}"
+    return Text(text)
+
+
+def _step(cell: dict[str, Any], step: str) -> Text:
+    state = cell["steps"].get(step)
+    if state is None:
+        return Text("–", style="dim")
+    sign, style = _STATES[state]
+    seconds = cell.get("seconds", {}).get(step)
+    if seconds is None:
+        return Text(f"{sign} {state}", style=style)
+    return Text(
+        f"{sign} {_duration(seconds)}" if state == "done" else f"{sign} {state} {_duration(seconds)}", style=style
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+def _metric(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}".replace("-", "−")

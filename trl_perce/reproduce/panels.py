@@ -1,0 +1,161 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the plots are put together from: panels, marks, curves, in one style."""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..heatmap import PALETTE
+from .number import METRIC_LABELS, rate_text, unit
+from .results import METHOD_LABELS, Condition, Results
+
+
+TEXT, MUTED, GRID = PALETTE["light"]["text"], "#5b5e6b", "#dedee4"
+TITLE, SIZE, SMALL = 10.0, 9.0, 8.0
+STYLES = {
+    "untrained": ("#7a7a7a", "X"),
+    "ce": ("#0072b2", "o"),
+    "lossce": ("#009e73", "s"),
+    "entce": ("#cc79a7", "^"),
+    "perce": ("#d55e00", "D"),
+    "perce_sequence": ("#e69f00", "v"),
+}
+# Of lines of the same method
+PATTERNS = ("-", "--", ":", "-.", (0, (8, 3)), (0, (5, 1, 1, 1, 1, 1)))
+_MORE_STYLES = (("#56b4e9", "P"), ("#000000", "*"), ("#8c6d1f", "<"), ("#4b0082", ">"))
+
+
+def style(results: Results, method: str) -> tuple[str, str]:
+    others = [name for name in results.methods if name not in STYLES]
+    return STYLES.get(method) or _MORE_STYLES[others.index(method) % len(_MORE_STYLES)]
+
+
+def label(condition: Condition, shown: Sequence[Condition]) -> str:
+    """The method, with what tells the condition from others of it."""
+    same = [item for item in shown if item.method == condition.method]
+    parts = [METHOD_LABELS.get(condition.method, condition.method)]
+    if len({item.learning_rate for item in same}) > 1:
+        parts.append(rate_text(condition.learning_rate))
+    if len({item.clip for item in same}) > 1 and condition.clip is not None:
+        parts.append(f"[{condition.clip[0]:g}, {condition.clip[1]:g}]")
+    return " ".join(parts)
+
+
+def grid(rows: int, columns: int, width: float, height: float, title: str) -> tuple[Figure, list[list[Axes]]]:
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.04, hspace=0.04)
+    figure.suptitle(title, fontsize=TITLE + 1, color=TEXT, fontweight="bold", parse_math=False)
+    return figure, figure.subplots(rows, columns, squeeze=False).tolist()
+
+
+def plain(axes: Axes, lines: str) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(MUTED)
+    axes.tick_params(labelsize=SMALL, color=MUTED, labelcolor=TEXT, length=3)
+    axes.grid(axis=lines, color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def mark_empty(axes: Axes, keep_names: bool = False) -> None:
+    """A panel of what was not measured: neither scale nor grid. `keep_names` keeps the labels on y, which are of its row."""
+    if axes.lines:
+        return
+    axes.grid(False)
+    axes.set_xticks([])
+    if not keep_names:
+        axes.set_yticks([])
+    for side in axes.spines.values():
+        side.set_visible(False)
+    axes.text(0.5, 0.5, "–", transform=axes.transAxes, ha="center", va="center", fontsize=SIZE, color=MUTED)
+
+
+def title(axes: Axes, text: str) -> None:
+    axes.set_title(text, fontsize=SIZE, color=TEXT, loc="left", parse_math=False)
+
+
+def legend(figure: Figure, axes: list[list[Axes]]) -> None:
+    entries = {}
+    for panel in (panel for row in axes for panel in row):
+        handles, labels = panel.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    columns = max(1, int(figure.get_figwidth() / 1.4))
+    drawn = figure.legend(
+        entries.values(), entries.keys(), loc="outside lower center", ncols=columns, fontsize=SMALL, frameon=False
+    )
+    for text in drawn.get_texts():
+        text.set_parse_math(False)
+
+
+def dot(results, panel, item, task, metric, place, colour, mark, filled) -> None:
+    number = results.number(item, task, metric)
+    if number is None or number.mean is None:
+        return
+    scale = unit(metric)[0]
+    if number.row_interval is not None:
+        ends = [bound * scale for bound in number.row_interval]
+        panel.plot(ends, [place, place], color=colour, linewidth=1.6, alpha=0.75, solid_capstyle="butt")
+    seeds = results.values(item, task, metric) * scale
+    if len(seeds) > 1:
+        panel.plot(seeds, [place + 0.16] * len(seeds), ".", color=colour, markersize=3.5, alpha=0.8, linestyle="")
+    face = colour if filled else "white"
+    panel.plot(number.mean * scale, place, mark, markersize=6, markerfacecolor=face, markeredgecolor=colour)
+
+
+def curves(results: Results, panel: Axes, lines: dict[str, list[tuple]], metric: str) -> None:
+    """Lines of label → (place, condition, task, metric of the point)."""
+    scale = unit(metric)[0]
+    drawn: list[str] = []
+    for number, (name, points) in enumerate(lines.items()):
+        method = points[0][1].method
+        colour, mark = style(results, method)
+        pattern = PATTERNS[drawn.count(method) % len(PATTERNS)]
+        drawn.append(method)
+        means = []
+        for place, item, task, own_metric in points:
+            seeds = results.values(item, task, own_metric) * scale
+            if len(seeds):
+                means.append((place, seeds.mean()))
+            if len(seeds) > 1:
+                panel.plot([place] * len(seeds), seeds, ".", color=colour, markersize=3.5, alpha=0.7, linestyle="")
+        if means:
+            look = {"linewidth": 1.6, "markersize": 5.5, "markeredgecolor": "white", "markeredgewidth": 0.5}
+            panel.plot(
+                *zip(*means, strict=True),
+                color=colour,
+                marker=mark,
+                linestyle=pattern,
+                label=name,
+                zorder=3 + number,
+                **look,
+            )
+
+
+def curve_title(metric: str) -> str:
+    """A metric with its unit."""
+    name = METRIC_LABELS.get(metric, metric)
+    return f"{name} × 100" if unit(metric)[0] == 100 else name.replace("log P personal", "log P personal (nats)")
+
+
+def row_height(text: str, height: float) -> float:
+    """Inches of a row of panels: `height`, or what its name takes at 7 points."""
+    return max(height, 0.072 * len(text))
+
+
+def row_label(panel: Axes, text: str, height: float) -> None:
+    """Name of a row of panels at its left, small enough for its height in inches."""
+    size = min(SIZE, 72 * row_height(text, height) / (0.72 * len(text)))
+    panel.set_ylabel(text, fontsize=size, color=TEXT, fontweight="bold", parse_math=False)

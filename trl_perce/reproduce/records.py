@@ -1,0 +1,123 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What a grid's steps have found, as flat records of which the tables are made."""
+
+from typing import Any
+
+from .grid import Step
+from .settings import Cell
+from .steps import Steps
+
+
+# Names in an evaluation's `metrics.json` → names in the tables
+_NAMES = {
+    "uptake/own": "uptake",
+    "uptake/other": "uptake_chance",
+    "swapped/uptake/own": "uptake_swapped",
+    "swapped/uptake/other": "uptake_of_swapped",
+}
+# What a training run logs and a table may show: means over the run
+_LOGGED = (
+    "nll",
+    "pir/mean",
+    "pir/personal_fraction",
+    "weight/mean",
+    "weight/at_min",
+    "weight/at_max",
+    "train_runtime",
+)
+
+
+def make_records(steps: Steps) -> list[dict[str, Any]]:
+    """
+    Records of the steps that are done.
+
+    Args:
+        steps ([`Steps`]): The grid's.
+
+    Returns:
+        `list[dict[str, Any]]`: One figure of one run each, as [`~reproduce.tables.write_tables`] takes them.
+    """
+    records = []
+    for (model, task), own in steps.untrained.items():
+        condition = {"model": model, "train_task": None, "task": task, "method": "untrained"}
+        condition |= {"learning_rate": None, "clip": None, "seed": None}
+        records += [record for step in own for record in _evaluated(condition, step)]
+    for cell, step in steps.train.items():
+        records += _trained(_condition(cell), step)
+    for (cell, task), own in steps.evaluate.items():
+        condition = _condition(cell) | {"task": task}
+        records += [record for step in own for record in _evaluated(condition, step)]
+    # The judge's step holds the metrics of the evaluation that it goes on from, too
+    return list({_key(record): record for record in records}.values())
+
+
+def _key(record: dict[str, Any]) -> tuple:
+    return tuple(str(record[name]) for name in record if name not in ("value", "interval", "rows"))
+
+
+def _condition(cell: Cell) -> dict[str, Any]:
+    return {
+        **{"model": cell.model, "train_task": cell.task, "task": cell.task, "method": cell.method},
+        **{"learning_rate": cell.learning_rate, "clip": list(cell.clip), "seed": cell.seed},
+    }
+
+
+def _trained(condition: dict[str, Any], step: Step) -> list[dict[str, Any]]:
+    if step.result is None:
+        return []
+    records = [
+        {**condition, "metric": f"train/{name}", "value": step.result[name], "interval": None, "rows": 0}
+        for name in _LOGGED
+        if name in step.result
+    ]
+    # Without weights the loss is `nll` itself
+    nll = step.result.get("eval_nll", step.result.get("eval_loss"))
+    if nll is not None:
+        validation = {
+            "task": f"{condition['task']}:validation",
+            "metric": "nll",
+            "value": nll,
+            "interval": None,
+            "rows": 0,
+        }
+        records.append(condition | validation)
+    return records
+
+
+def _evaluated(condition: dict[str, Any], step: Step) -> list[dict[str, Any]]:
+    if step.result is None:
+        return []
+    if "rounds" in step.result:
+        from ..benchmarks.aloe_metrics import aloe_records
+
+        run = {name: value for name, value in condition.items() if name != "task"}
+        return [record | {"task": condition["task"]} for record in aloe_records(step.result, **run)]
+    records = []
+    for name, found in step.result["metrics"].items():
+        value = float("nan") if found["mean"] is None else found["mean"]
+        figure = {"value": value, "interval": found["interval"], "rows": found["rows"]}
+        records.append({**condition, "metric": _NAMES.get(name, name), **figure})
+    lengths = step.result.get("prompt_lengths")
+    if lengths:
+        records += [
+            {
+                **condition,
+                "metric": f"tokens/{name}",
+                "value": lengths[name],
+                "interval": None,
+                "rows": lengths["rows"],
+            }
+            for name in ("with_persona", "without_persona")
+        ]
+    return records

@@ -1,0 +1,322 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The steps of a grid. Each is one of our commands, called in this process with a YAML file of its own, which stays in its folder:
+
+    data/<task>/                  train.jsonl, validation.jsonl, test.jsonl
+    untrained/<model>/<task>/     the model as it comes, evaluated; its scores say which tokens are personal
+    runs/<model>/<task>/<run>/    an adapter, trained; below it a folder for each task that it is evaluated on
+"""
+
+import dataclasses
+import gc
+import hashlib
+import importlib
+import json
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..files import written_whole
+from ..history import to_examples
+from ..retrieval import Retriever
+from .grid import Step
+from .settings import Cell, Settings, Task
+
+
+# Arguments of training that neither the data nor the model of an evaluation depends on
+_EVALUATED = (
+    "max_length",
+    "truncate_persona",
+    "bf16",
+    "fp16",
+    "use_cpu",
+    "chat_template_path",
+    "eos_token",
+    "trust_remote_code",
+)
+
+
+class Steps:
+    """
+    Makes the steps of a grid, each once.
+
+    Args:
+        settings ([`Settings`]): The grid.
+
+    Attributes:
+        data (`dict[str, Step]`): By task.
+        untrained (`dict[tuple[str, str], list[Step]]`): By model and task: its evaluation, and its judgement if there is a judge.
+        train (`dict[Cell, Step]`): By run.
+        evaluate (`dict[tuple[Cell, str], list[Step]]`): By run and task.
+    """
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.folder = Path(settings.output_dir)
+        tasks, cells = settings.tasks, settings.cells()
+        self.data = {name: self._data_step(task) for name, task in tasks.items() if task.benchmark != "aloe"}
+        self.untrained = {
+            (model, name): self._evaluations(model, task, self.folder / "untrained" / model / name)
+            for model in settings.models
+            for name, task in tasks.items()
+            if task.test_rows
+        }
+        self.train = {cell: self._train_step(cell) for cell in cells}
+        self.evaluate = {
+            (cell, name): self._evaluations(cell.model, tasks[name], self._run_folder(cell) / name, cell)
+            for cell in cells
+            for name in settings.evaluated_tasks(cell)
+        }
+
+    def all(self) -> list[Step]:
+        """All steps in the order in which they shall run: one run after the other, from training to its last evaluation."""
+        steps = [*self.data.values(), *(step for own in self.untrained.values() for step in own)]
+        for cell, train in self.train.items():
+            steps.append(train)
+            steps += [step for (of, _), own in self.evaluate.items() if of == cell for step in own]
+        return steps
+
+    def _run_folder(self, cell: Cell) -> Path:
+        return self.folder / "runs" / cell.name
+
+    # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _data_step(self, task: Task) -> Step:
+        sizes = {"train": task.train_rows, "validation": task.validation_rows, "test": task.test_rows}
+        sizes = {split: rows for split, rows in sizes.items() if rows and (task.is_trained or split == "test")}
+        options = {"benchmark": task.benchmark, **task.options, "rows": sizes, "retrieval": task.retrieval}
+        if task.test_split != "test":
+            options["test_split"] = task.test_split
+        return Step(
+            folder=self.folder / "data" / task.name,
+            kind="data",
+            settings=options,
+            run=lambda: {split: self._write_rows(task, split, rows) for split, rows in sizes.items()},
+        )
+
+    def _write_rows(self, task: Task, split: str, num_rows: int) -> dict[str, Any]:
+        """Load a split, retrieve, and write it as rows that `trl-perce train` and `evaluate` take."""
+        benchmark = importlib.import_module(f"trl_perce.benchmarks.{task.benchmark}")
+        source = task.test_split if split == "test" else split
+        rows = benchmark.load(split=source, num_rows=num_rows, **task.options)
+        if task.benchmark != "general_qa":
+            retriever = Retriever(**task.retrieval, cache_dir=self.folder / "cache" / "retrieval")
+            rows = to_examples(rows, retriever(rows))
+        path = self._data_path(task) / f"{split}.jsonl"
+        with written_whole(path) as part:
+            part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        return {"rows": len(rows), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+    def _data_path(self, task: Task) -> Path:
+        return self.folder / "data" / task.name
+
+    # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _train_step(self, cell: Cell) -> Step:
+        folder, data = self._run_folder(cell), self.data[cell.task]
+        recipe = self._recipe(cell)
+        return Step(
+            folder=folder,
+            kind="train",
+            settings={"recipe": recipe, "data": data.settings},
+            run=lambda: self._train(recipe, folder),
+            needs=(data,),
+        )
+
+    def _recipe(self, cell: Cell) -> dict[str, Any]:
+        task = self.settings.tasks[cell.task]
+        evaluates = {"eval_strategy": "epoch", "dataset_test_split": "validation"} if task.validation_rows else {}
+        return {
+            **{"eval_strategy": "no"},
+            **evaluates,
+            **self.settings.training,
+            **self.settings.models[cell.model],
+            **self.settings.methods[cell.method],
+            **{"learning_rate": cell.learning_rate, "seed": cell.seed},
+            **{"weight_clip_min": cell.clip[0], "weight_clip_max": cell.clip[1]},
+            **{"dataset_name": str(self._data_path(task)), "output_dir": str(self._run_folder(cell))},
+        }
+
+    def _train(self, recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
+        from ..cli import train
+
+        arguments = [argument for key, value in self.settings.launch.items() for argument in (f"--{key}", str(value))]
+        if recipe.get("save_strategy", "steps") != "no":
+            arguments += ["--resume_from_checkpoint", "true"]
+        _run_command(train.run, recipe, folder / "train", arguments)
+        return read_log(folder)
+
+    # ── evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _evaluations(self, model: str, task: Task, folder: Path, cell: Cell | None = None) -> list[Step]:
+        """The evaluation of a model, or of a run's adapter, on a task; and behind it a judge's, if there is one."""
+        source = self.settings.models[model]["model_name_or_path"] if cell is None else str(self._run_folder(cell))
+        needs = () if cell is None else (self.train[cell],)
+        common = self._model_arguments(model) | {"model_name_or_path": source}
+        if task.benchmark == "aloe":
+            return [self._aloe_step(common | task.options, folder, needs)]
+        config = common | self._evaluation_arguments(task)
+        if cell is not None and config.get("likelihood", True):
+            untrained = self.untrained[(model, task.name)][0]
+            needs += (untrained,)
+            config["reference_scores"] = str(untrained.folder / "scores")
+        step = Step(
+            folder=folder,
+            kind="evaluate",
+            settings={"config": config, "data": self.data[task.name].settings} | _trained_with(needs),
+            run=lambda: self._evaluate(config, folder, "evaluate", task),
+            needs=(self.data[task.name], *needs),
+        )
+        if not self.settings.judge or task.benchmark == "general_qa":
+            return [step]
+        judge = {f"judge_{key}": value for key, value in self.settings.judge.items()}
+        judged = Step(
+            folder=folder,
+            kind="judge",
+            settings={"evaluation": step.settings, "judge": self.settings.judge},
+            run=lambda: self._evaluate(config | judge, folder, "judge", task),
+            needs=(step,),
+        )
+        return [step, judged]
+
+    def _model_arguments(self, model: str) -> dict[str, Any]:
+        """What of the arguments of training says how a model is loaded and which rows it sees."""
+        from trl import ModelConfig
+
+        names = {field.name for field in dataclasses.fields(ModelConfig)} | {*_EVALUATED}
+        arguments = {**self.settings.training, **self.settings.models[model]}
+        adapter = {"use_peft", "use_dora", "use_rslora"}  # the adapter's folder knows what it is
+        return {
+            key: value
+            for key, value in arguments.items()
+            if key in names and key not in adapter and not key.startswith("lora_")
+        }
+
+    def _evaluation_arguments(self, task: Task) -> dict[str, Any]:
+        own = {"dataset_name": str(self._data_path(task)), "dataset_split": "test"}
+        if task.benchmark == "general_qa":
+            own |= {"metrics": ["rouge"], "likelihood": False, "swap_persona": False}
+        return {**self.settings.evaluation, **own, **task.evaluation}
+
+    def _evaluate(self, config: dict[str, Any], folder: Path, kind: str, task: Task) -> dict[str, Any]:
+        from ..cli import evaluate
+
+        _run_command(evaluate.run, config, folder / kind, ["--output_dir", str(folder)])
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
+        if task.benchmark == "general_qa":
+            return {"metrics": self._score_answers(task, folder)}
+        return {"metrics": metrics} | prompt_lengths(folder)
+
+    def _score_answers(self, task: Task, folder: Path) -> dict[str, Any]:
+        from ..benchmarks import general_qa
+        from ..evaluation.results import read_lines, summarise
+
+        rows = [*read_lines(self._data_path(task) / "test.jsonl")]
+        predictions = {line["row"]: line["prediction"] for line in read_lines(folder / "predictions.jsonl")}
+        scores = general_qa.score([predictions[index] for index in range(len(rows))], rows)
+        return summarise(scores, [None] * len(rows))
+
+    def _aloe_step(self, config: dict[str, Any], folder: Path, needs: tuple[Step, ...]) -> Step:
+        from ..cli import aloe
+
+        names = {option.lstrip("-") for option in aloe.make_parser()._option_string_actions}
+        config = {key: value for key, value in config.items() if key in names}
+
+        def run() -> dict[str, Any]:
+            _run_command(aloe.run, config | {"output_dir": str(folder)}, folder / "aloe_run")
+            return json.loads((folder / "aloe.json").read_text(encoding="utf-8"))
+
+        return Step(folder, "evaluate", {"config": config} | _trained_with(needs), run, needs)
+
+
+def _trained_with(needs: tuple[Step, ...]) -> dict[str, Any]:
+    """The settings of the training among the steps that an evaluation needs."""
+    return {step.kind: step.settings for step in needs if step.kind == "train"}
+
+
+def prompt_lengths(folder: Path) -> dict[str, Any]:
+    """
+    Mean length of the prompts of an evaluation with likelihoods (Table 6 of the paper), special tokens included.
+
+    Args:
+        folder (`Path`): Of the evaluation.
+
+    Returns:
+        `dict[str, Any]`: `"prompt_lengths"`: `"with_persona"` and `"without_persona"`, in tokens, and `"rows"`, those with a persona; or
+            nothing where nothing was scored.
+    """
+    path = folder / "scores" / "scores.jsonl"
+    if not path.is_file():
+        return {}
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if row["skipped"] is None and row["num_counterfactual_tokens"]]
+    if not rows:
+        return {}
+    lengths = {
+        name: sum(row[key] - len(row["tokens"]) for row in rows) / len(rows)
+        for name, key in (("with_persona", "num_tokens"), ("without_persona", "num_counterfactual_tokens"))
+    }
+    return {"prompt_lengths": lengths | {"rows": len(rows)}}
+
+
+def _run_command(
+    run: Callable[[list[str]], int], config: dict[str, Any], path: Path, arguments: list[str] = ()
+) -> None:
+    """
+    Run one of our commands in this process, with a YAML file of its own, which is left beside its log.
+
+    Args:
+        run (`Callable[[list[str]], int]`): The command's `run`.
+        config (`dict[str, Any]`): Content of the YAML file.
+        path (`Path`): Of the file and of the log, without the suffixes `.yaml` and `.log`.
+        arguments (`list[str]`): Further arguments.
+
+    Raises:
+        `RuntimeError`: The command has not ended well; the message has the end of its log.
+    """
+    with written_whole(path.with_suffix(".yaml")) as part:
+        part.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    log_path = path.with_suffix(".log")
+    with open(log_path, "a", buffering=1, encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            code = run(["--config", str(path.with_suffix(".yaml")), *arguments])
+        except SystemExit as error:  # of its parser
+            code = error.code
+    gc.collect()  # a trainer is a cycle, which would hold its model
+    if code:
+        raise RuntimeError(f"{log_path} ends with: {log_path.read_text(encoding='utf-8')[-2000:]}")
+
+
+def read_log(folder: Path) -> dict[str, Any]:
+    """
+    What a training run has logged.
+
+    Args:
+        folder (`Path`): Its `output_dir`, with `trainer_state.json`.
+
+    Returns:
+        `dict[str, Any]`: The last value of every evaluation metric, and the mean over the run of every training metric.
+    """
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    values: dict[str, list[float]] = {}
+    for log in history:
+        for key, value in log.items():
+            if key not in ("step", "epoch", "learning_rate"):
+                values.setdefault(key, []).append(value)
+    return {
+        key: own[-1] if key.startswith(("eval_", "train_")) else sum(own) / len(own) for key, own in values.items()
+    }
