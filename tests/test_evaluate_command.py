@@ -272,6 +272,9 @@ def test_an_adapters_base_decides_what_is_personal(adapted, tiny_model, argument
     swapped = lines_of(tmp_path / "loaded" / "swapped" / "predictions.jsonl")
     assert all(line["persona"] != row["persona"] for line, row in zip(swapped, ROWS, strict=True))
 
+    with pytest.raises(ValueError, match="`settings` is missing"):
+        evaluate_rows(adapted, tokenizer, ROWS, tmp_path / "nameless", arguments, options)
+
     # By name, and with the untrained model's own scores as the reference
     evaluate_rows(tiny_model, None, ROWS, tmp_path / "base", arguments, EvaluationArguments(metrics=["rouge"]))
     for name, given in (("named", None), ("given", str(tmp_path / "base" / "scores"))):

@@ -125,7 +125,10 @@ def test_temporal_rows_have_a_time_and_only_dated_entries(tmp_path, caplog):
     # In setting `user` nothing is later: order and dates are the profile's if they are not complete
     row = load_one(tmp_path, record, setting="user")
     assert row.time is None and [entry.time for entry in row.history] == [None] * 4
-    late = {**record, "profile": [*profile[2:], {**profile[0], "date": record["date"]}]}  # on the same day is not earlier
+    late = {
+        **record,
+        "profile": [*profile[2:], {**profile[0], "date": record["date"]}],
+    }  # on the same day is not earlier
     with pytest.raises(ValueError, match="None of the 1 rows"):
         load_one(tmp_path, late, setting="temporal")
     assert "no earlier history (1)" in caplog.text
