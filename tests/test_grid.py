@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conftest import ROOT
+from trl_perce.cli import aloe, evaluate, train
+from trl_perce.cli.common import check_known
 from trl_perce.reproduce.grid import Step, differences, run_steps
 from trl_perce.reproduce.settings import Cell, load_settings
+from trl_perce.reproduce.steps import Steps
 
 
 GRID = {
@@ -193,8 +197,7 @@ def test_processes_share_the_steps(tmp_path):
 def test_a_killed_grid_goes_on(tmp_path):
     command = [sys.executable, "-c", WORKER, str(tmp_path), "0.5"]
     worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    while worker.stdout.readline() != "2 running\n":
-        pass
+    assert "2 running\n" in iter(worker.stdout.readline, "")
     time.sleep(0.1)
     os.kill(worker.pid, signal.SIGKILL)
     worker.communicate()
@@ -203,3 +206,21 @@ def test_a_killed_grid_goes_on(tmp_path):
     ran = [line.split()[0] for line in (tmp_path / "log").read_text().splitlines()]
     assert ran == list("012") + list("2345")  # the step that was killed is done anew, the ones before are not
     assert json.loads((tmp_path / "5" / "step.json").read_text())["result"] == {"index": 5}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "recipes" / "reproduce").glob("*.yaml")))
+def test_recipes(name):
+    """All recipes of the grid are valid down to the arguments of the commands, and have runs that others take over."""
+    settings = load_settings(ROOT / "recipes" / "reproduce" / name)
+    steps = Steps(settings)
+    assert steps.train and steps.untrained
+    parser = train.make_parser()
+    for step in steps.train.values():
+        check_known(parser, {*step.settings["recipe"]}, launch=False)
+    for step in steps.all():
+        if step.kind == "evaluate":
+            command = aloe if step.folder.name == "aloe" else evaluate
+            check_known(command.make_parser(), {*step.settings["config"]}, launch=False)
+    if settings.output_dir.endswith("paper"):
+        main = Steps(load_settings(ROOT / "recipes/reproduce/paper.yaml"))
+        assert {*steps.train} & {*main.train} or name == "lamp.yaml"

@@ -18,7 +18,9 @@ from trl_perce.persona import mark_persona
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
 NAMES = sorted(
-    path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.y*ml") if "accelerate_configs" not in path.parts
+    path.relative_to(RECIPES).as_posix()
+    for path in RECIPES.rglob("*.y*ml")
+    if not {"accelerate_configs", "reproduce"} & {*path.parts}
 )
 FIELDS = {
     field.name
