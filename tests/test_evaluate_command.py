@@ -272,6 +272,9 @@ def test_an_adapters_base_decides_what_is_personal(adapted, tiny_model, argument
     swapped = lines_of(tmp_path / "loaded" / "swapped" / "predictions.jsonl")
     assert all(line["persona"] != row["persona"] for line, row in zip(swapped, ROWS, strict=True))
 
+    with pytest.raises(ValueError, match="`settings` is missing"):
+        evaluate_rows(adapted, tokenizer, ROWS, tmp_path / "nameless", arguments, options)
+
     # By name, and with the untrained model's own scores as the reference
     evaluate_rows(tiny_model, None, ROWS, tmp_path / "base", arguments, EvaluationArguments(metrics=["rouge"]))
     for name, given in (("named", None), ("given", str(tmp_path / "base" / "scores"))):
@@ -353,7 +356,7 @@ def test_a_judge_rates(evaluate, tmp_path, capsys):
         (["--max_rows", "0"], "`max_rows` is 0"),
         (["--temperature", "-1"], "`temperature` is -1"),
         (["--max_new_tokens", "600"], "leaves no room for a prompt"),
-        (["--temperatur", "1"], "Did you mean `temperature`"),
+        (["--temprature", "1"], "Did you mean `temperature`"),
         (["--metrics", "rouge", "bert"], "`metrics` must name"),
         (["--judge_model", "x"], "`judge_base_url` and `judge_model` belong together"),
         (["--reference_scores", "nowhere"], "there is no 'scores.jsonl' in 'nowhere'"),

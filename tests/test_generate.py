@@ -15,6 +15,7 @@ from trl_perce import PersonaError
 from trl_perce.evaluation.generate import GenerationArguments, TransformersGenerator, VLLMGenerator, row_seed
 from trl_perce.evaluation.predictions import make_prompts, other_rows, stop_tokens, to_prediction
 from trl_perce.preparation import Preparation
+from trl_perce.row_file import RowFile
 
 
 def make_row(index, words=1, **columns):
@@ -285,29 +286,22 @@ def test_vllm_says_what_is_missing(tiny_model, arguments):
 
 # ── killed runs ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-KILLED = """
-import sys
-sys.path.insert(0, "tests")
-from test_generate import GenerationArguments, TransformersGenerator, make_row
-from trl_perce.row_file import RowFile
-model, folder, count, batch = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-args = GenerationArguments(
-    use_cpu=True, bf16=False, temperature=0, max_new_tokens=12, max_length=None, generation_batch_tokens=batch
-)
-file = RowFile(folder, "predictions.jsonl", {})
-generator = TransformersGenerator(model, args=args)
-rows = [make_row(index, words=index % 4) for index in range(count)]
-file.append_lines(generator.generate(rows, done=frozenset(file.done)))
-file.finish()
-"""
+
+def generate_to(folder, model):
+    """150 rows, four or fewer at a time."""
+    config = {"use_cpu": True, "bf16": False, "temperature": 0, "max_new_tokens": 12, "max_length": None}
+    generator = TransformersGenerator(str(model), generation_batch_tokens=400, **config)
+    file = RowFile(folder, "predictions.jsonl", {})
+    rows = [make_row(index, words=index % 4) for index in range(150)]
+    file.append_lines(generator.generate(rows, done=frozenset(file.done)))
+    file.finish()
+    return file.path.read_bytes()
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(tiny_model, tmp_path):
-    def argv(name):
-        return [sys.executable, "-c", KILLED, tiny_model, str(tmp_path / name), "150", "400"]
-
     part = tmp_path / "killed" / "predictions.jsonl.part"
-    killed = subprocess.Popen(argv("killed"), cwd=ROOT)
+    code = "import sys; from test_generate import generate_to; generate_to(*sys.argv[1:])"
+    killed = subprocess.Popen([sys.executable, "-c", code, str(part.parent), tiny_model], cwd=ROOT / "tests")
     while not part.is_file() or part.read_bytes().count(b"\n") < 12:
         assert killed.poll() is None
         time.sleep(0.005)
@@ -318,8 +312,6 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tiny_model, tmp_path):
     lines = [line for line in lines if line.endswith(b"\n")][:-1]  # as if it had been killed within a batch, too
     part.write_bytes(b"".join(lines) + '{"row": 149, "prediction": "n\u00e4'.encode()[:-1])
 
-    for name in ("killed", "whole"):
-        assert subprocess.run(argv(name), cwd=ROOT).returncode == 0
-    resumed, whole = ((tmp_path / name / "predictions.jsonl").read_bytes() for name in ("killed", "whole"))
+    resumed, whole = (generate_to(tmp_path / name, tiny_model) for name in ("killed", "whole"))
     assert resumed == whole and not part.exists()
     assert [json.loads(line)["row"] for line in whole.splitlines()] == [*range(150)]

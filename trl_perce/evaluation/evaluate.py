@@ -85,7 +85,8 @@ def evaluate(
             `completion_only_loss=True`.
         options ([`EvaluationArguments`], *optional*): What to evaluate.
         settings (`dict[str, Any]`, *optional*): What identifies the model, as JSON takes it (its name, the training run). Earlier
-            results in the folder are used only where it is the same. By default the names of model and adapter.
+            results in the folder are used only where it is the same. By default the names of model and adapter; a model that is
+            loaded needs it.
         adapter (`str`, *optional*): Name or folder of an adapter to put on the model, where `model` is a name.
         say (`Callable[[str], None]`, *optional*): Takes a line about each step. By default it is logged.
 
@@ -131,8 +132,16 @@ class Evaluation:
         self.groups = [known.get(row) or None for row in range(len(self.rows))]
         baseline = self.options.baseline
         self.baseline = None if baseline is None else read_baseline(baseline, self.prompts)
-        names = {"model": self.base, "adapter": self.adapter} if self.base else {}
-        self.settings = {**(settings or names), "rows": len(self.rows), "fingerprint": _fingerprint(self.rows)}
+        if settings is None and self.base is None:
+            raise ValueError(
+                "`settings` is missing, which tells this model's results from another one's. Give its name."
+            )
+        names = {"model": self.base, "adapter": self.adapter}
+        self.settings = {
+            **(names if settings is None else settings),
+            "rows": len(self.rows),
+            "fingerprint": _fingerprint(self.rows),
+        }
         self._vllm, self.personal_by = None, None
         self._open_files()
 

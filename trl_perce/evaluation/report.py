@@ -123,7 +123,10 @@ def _remarks(result: dict[str, Any]) -> list[str]:
             f"`max_new_tokens`, by {trimmed['tokens']} tokens in all."
         )
     if result["personal_by"] is not None:
-        remarks.append(f"Which tokens of the references are personal, was decided by: {result['personal_by']}.")
+        remarks.append(
+            f"Which tokens of the references are personal, was decided by: {result['personal_by']}. To compare models, let the "
+            "same one decide for all (`reference_scores`)."
+        )
     if any(name.startswith("swapped/") for name in result["metrics"]):
         remarks.append(
             "swapped/…: predictions with another user's persona in the prompt, which uptake/other counts then."
