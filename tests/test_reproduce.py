@@ -44,6 +44,27 @@ def write_histories(folder, words, rows=6):
     }
 
 
+def write_questions(path):
+    records = [
+        {
+            "_id": str(index),
+            "question": "Which city is older?",
+            "answer": "Rome",
+            "context": [["Rome", ["Rome is old."]], ["Bonn", ["Bonn is younger."]]],
+            "supporting_facts": [["Rome", 0]],
+        }
+        for index in range(3)
+    ]
+    path.write_text(json.dumps(records))
+    return {
+        "benchmark": "general_qa",
+        "name": "hotpotqa",
+        "path": str(path),
+        "test_split": "validation",
+        "test_rows": 2,
+    }
+
+
 @pytest.fixture(scope="module")
 def grid(tiny_model, tmp_path_factory):
     """A grid of two tasks and two methods, run once. Gives a function that runs it again with changes, and its folder."""
@@ -54,6 +75,8 @@ def grid(tiny_model, tmp_path_factory):
         "tasks": {
             "crafts": write_histories(folder / "crafts", ["linen", "needles", "dresses"]) | {"validation_rows": 0},
             "food": write_histories(folder / "food", ["bread", "soup", "rice"]),
+            "hotpotqa": write_questions(folder / "hotpot.json")
+            | {"evaluation": {"max_new_tokens": 4, "max_length": 200}},
         },
         "methods": ["ce", "perce"],
         "seeds": [0],
@@ -84,8 +107,8 @@ def done(out):
 
 def test_everything_is_trained_and_evaluated(grid):
     _, out = grid
-    # 2 data, 2 untrained evaluations, 4 runs, each with 2 evaluations
-    assert len(done(out)) == 2 + 2 + 4 + 8
+    # 3 data, 3 untrained evaluations, 4 runs, each with 3 evaluations
+    assert len(done(out)) == 3 + 3 + 4 + 12
     records = read_records(out)
     conditions = {
         (record["method"], record["train_task"], record["task"]) for record in records if record["metric"] == "rougeL"
@@ -94,6 +117,9 @@ def test_everything_is_trained_and_evaluated(grid):
     assert conditions == {("untrained", None, task) for task in tasks} | {
         (method, trained, task) for method in ("ce", "perce") for trained in tasks for task in tasks
     }
+    questions = [record for record in records if record["task"] == "hotpotqa"]
+    assert {record["metric"] for record in questions} == {"em", "f1"} and len(questions) == 2 * 5
+    assert all(record["rows"] == 2 for record in questions)
     for record in records:
         assert set(record) == {
             *("model", "train_task", "task", "method", "learning_rate", "clip", "seed"),
@@ -186,7 +212,7 @@ def test_what_is_done_stays_done_and_a_grid_grows(grid, capsys):
     assert run() == 0
     assert done(out) == before
     assert run("--dry_run", methods=["ce", "perce"], seeds=[0, 1]) == 0
-    assert "16 of 28 steps are done" in capsys.readouterr().out
+    assert "22 of 38 steps are done" in capsys.readouterr().out
     assert (
         run(
             methods=["perce"],

@@ -218,7 +218,7 @@ class Steps:
         _run_command(evaluate.run, config, folder / kind, ["--output_dir", str(folder)])
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
         if task.benchmark == "general_qa":
-            return {"metrics": self._score_answers(task, folder)}
+            return self._score_answers(task, folder)
         return {"metrics": metrics} | prompt_lengths(folder)
 
     def _score_answers(self, task: Task, folder: Path) -> dict[str, Any]:
@@ -227,8 +227,9 @@ class Steps:
 
         rows = [*read_lines(self._data_path(task) / "test.jsonl")]
         predictions = {line["row"]: line["prediction"] for line in read_lines(folder / "predictions.jsonl")}
-        scores = general_qa.score([predictions[index] for index in range(len(rows))], rows)
-        return summarise(scores, [None] * len(rows))
+        # A question that is too long for the model has no prediction, and counts as answered wrongly
+        scores = general_qa.score([predictions.get(index, "") for index in range(len(rows))], rows)
+        return {"metrics": summarise(scores, [None] * len(rows)), "unanswered": len(rows) - len(predictions)}
 
     def _aloe_step(self, config: dict[str, Any], folder: Path, needs: tuple[Step, ...]) -> Step:
         from ..cli import aloe
