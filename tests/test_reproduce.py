@@ -196,6 +196,31 @@ def test_the_tables_have_the_figures(grid):
     assert any(path.stat().st_size > 5000 for path in out.glob("*.png"))
 
 
+def test_comparisons_are_paired_by_row_and_seed(grid):
+    _, out = grid
+    (compared,) = (
+        own
+        for own in json.loads((out / "comparisons.json").read_text())
+        if (own["method"], own["train_task"], own["task"], own["metric"])
+        == ("perce", "food", "crafts", "log_likelihood/other")
+    )
+    lines = {
+        method: [
+            json.loads(line)["log_likelihood/other"]
+            for line in (out / f"runs/tiny/food/{method}-lr0.001-clip0.8-5-seed0/crafts/metrics.jsonl")
+            .read_text()
+            .splitlines()
+        ]
+        for method in ("ce", "perce")
+    }
+    differences = [own - base for own, base in zip(lines["perce"], lines["ce"], strict=True)]
+    assert compared["difference"] == pytest.approx(sum(differences) / 4) != 0
+    assert compared["baseline"] == pytest.approx(sum(lines["ce"]) / 4) and compared["seeds"] == [0]
+    low, high = compared["interval"]
+    assert min(differences) <= low <= compared["difference"] <= high <= max(differences)
+    assert "trained on food, tested on crafts (4 rows)" in (out / "comparisons.md").read_text()
+
+
 def _numbers(value):
     if isinstance(value, dict):
         value = [*value.values()]

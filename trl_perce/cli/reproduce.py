@@ -170,6 +170,7 @@ def _write_tables(steps, numbers: list[int] | None, console) -> None:
     from rich.markdown import Markdown
 
     from trl_perce.files import written_whole
+    from trl_perce.reproduce.compare import compare_methods, write_comparisons
     from trl_perce.reproduce.paper import QUOTES, load_quotes, quoted
     from trl_perce.reproduce.records import make_records
     from trl_perce.reproduce.tables import write_tables
@@ -181,6 +182,7 @@ def _write_tables(steps, numbers: list[int] | None, console) -> None:
     quotes = steps.settings.quotes
     quoting = quoted if quotes is None else partial(quoted, quotes=QUOTES + load_quotes(quotes))
     paths = write_tables(records, dataclasses.asdict(steps.settings), folder, quoting, numbers)
+    paths += write_comparisons(compare_methods(steps), folder)
     if console.is_terminal:
         console.print(Markdown(paths[0].read_text(encoding="utf-8")))
     console.print(
