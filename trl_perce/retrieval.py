@@ -223,6 +223,7 @@ def _by_chance(row: HistoryRow, indices: list[int], seed: int) -> list[int]:
 def _by_bm25(row: HistoryRow, indices: list[int]) -> list[int]:
     import bm25s
 
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of each index that it builds, one a row
     texts = [row.search, *(row.history[index].search for index in indices)]
     words = bm25s.tokenize(texts, return_ids=False, show_progress=False)
     query, *entries = [[word for word in one if word] for one in words]  # an empty text has one empty word
