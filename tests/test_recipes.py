@@ -140,7 +140,8 @@ def test_the_readme_is_right():
     readme = (RECIPES / "README.md").read_text(encoding="utf-8")
     configs = {f"accelerate_configs/{path.name}" for path in (RECIPES / "accelerate_configs").glob("*.yaml")}
     named = set(re.findall(r"recipes/(\S+\.yaml)", readme) + re.findall(r"\]\((\S+\.yaml)\)", readme))
-    assert configs < named <= configs | set(NAMES)
+    grids = {f"reproduce/{path.name}" for path in (RECIPES / "reproduce").glob("*.yaml")}
+    assert configs | grids < named <= configs | grids | set(NAMES)
     rows = [json.loads(row) for row in re.findall(r"```json\n(.+?)```", readme, flags=re.DOTALL)]
     assert len(rows) == 3
     for row in rows:

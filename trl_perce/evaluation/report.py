@@ -61,7 +61,7 @@ def print_result(result: dict[str, Any], console) -> None:
         shown.add_row(*line)
     console.print(shown)
     for text in _remarks(result):
-        console.print(text, markup=False)
+        console.print(text, markup=False, soft_wrap=True)
 
 
 def write_report(result: dict[str, Any], predictions: list[dict[str, Any]], path: str | Path) -> None:
