@@ -47,7 +47,15 @@ GENERATION = (  # the tests' ChatML with the markers that `assistant_only_loss` 
 
 
 # Files that take longest. They come first, so that no worker is left with one of them at the end.
-SLOW = ("test_processes", "test_runs", "test_reproduce", "test_evaluate_command", "test_aloe", "test_endpoint", "test_metrics")
+SLOW = (
+    "test_processes",
+    "test_runs",
+    "test_reproduce",
+    "test_evaluate_command",
+    "test_aloe",
+    "test_endpoint",
+    "test_metrics",
+)
 
 
 def pytest_collection_modifyitems(items):
