@@ -1,5 +1,10 @@
+import contextlib
 import json
 import math
+import os
+import pty
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -288,3 +293,34 @@ def test_a_step_that_fails_is_named(grid, tmp_path, capsys):
     )
     assert "data.error" in capsys.readouterr().out
     assert "There is no file" in (tmp_path / "data/none/data.error").read_text()
+
+
+def test_on_a_terminal_the_table_stays_there_and_the_output_goes_to_logs(tiny_model, tmp_path):
+    """In a real terminal: the steps' output, that of loggers and of child processes too, is in the logs alone."""
+    settings = {
+        "output_dir": str(tmp_path / "out"),
+        "models": {"tiny": {"model_name_or_path": tiny_model}},
+        "tasks": {"crafts": write_histories(tmp_path / "crafts", ["linen", "needles", "dresses"])},
+        "methods": ["perce"],
+        "seeds": [0],
+        "learning_rates": [1.0e-3],
+        "training": TRAINING,
+        "evaluation": EVALUATION,
+    }
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    command = [sys.executable, "-m", "trl_perce", "reproduce", "--config", str(path)]
+    terminal, its_end = pty.openpty()
+    process = subprocess.Popen(command, stdout=its_end, stderr=its_end, stdin=subprocess.DEVNULL)
+    os.close(its_end)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while chunk := os.read(terminal, 65536):
+            shown += chunk
+    assert process.wait(timeout=100) == 0
+    text = shown.decode()
+    assert "tiny/untrained" in text and "running" in text and "Table 1" in text and "comparisons.md" in text
+    (log,) = tmp_path.rglob("train.log")
+    assert "Training completed" in log.read_text() and "Training completed" not in text
+    (log,) = tmp_path.glob("out/runs/**/evaluate.log")
+    assert "Generated 4 predictions" in log.read_text() and "Generated 4 predictions" not in text

@@ -19,6 +19,8 @@
 import argparse
 import dataclasses
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +60,7 @@ def run(argv: list[str]) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     disable_progress_bars()  # each step has a log of its own
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True)
+    console = _make_console()
     try:
         steps = _read(args)
         cells = make_cells(steps)
@@ -74,6 +74,14 @@ def run(argv: list[str]) -> int:
     for step in failed:
         console.print(f"Failed: {step.folder}, {step.kind}. See {step.kind}.error there.", style="red", markup=False)
     return 1 if failed else 0
+
+
+def _make_console():
+    """A console that stays on the terminal while a step's output goes to its log ([`~reproduce.steps`])."""
+    from rich.console import Console
+
+    file = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") if sys.stdout.isatty() else None
+    return Console(file=file, highlight=False, soft_wrap=True)
 
 
 def _read(args: argparse.Namespace):
@@ -105,7 +113,8 @@ def _run_steps(steps, console) -> list:
     from trl_perce.reproduce.live import changed_lines, live_table
 
     if console.is_terminal:
-        with Live(live_table(make_cells(steps)), console=console, refresh_per_second=2) as live:
+        table = live_table(make_cells(steps))
+        with Live(table, console=console, refresh_per_second=2, redirect_stdout=False, redirect_stderr=False) as live:
             return run_steps(steps.all(), lambda step: live.update(live_table(make_cells(steps))))
     shown = make_cells(steps)
 

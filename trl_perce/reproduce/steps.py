@@ -23,8 +23,10 @@ import gc
 import hashlib
 import importlib
 import json
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +294,7 @@ def _run_command(
     with written_whole(path.with_suffix(".yaml")) as part:
         part.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     log_path = path.with_suffix(".log")
-    with open(log_path, "a", buffering=1, encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+    with _output_to(log_path):
         try:
             code = run(["--config", str(path.with_suffix(".yaml")), *arguments])
         except SystemExit as error:  # of its parser
@@ -300,6 +302,29 @@ def _run_command(
     gc.collect()  # a trainer is a cycle, which would hold its model
     if code:
         raise RuntimeError(f"{log_path} ends with: {log_path.read_text(encoding='utf-8')[-2000:]}")
+
+
+@contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """
+    Send what this process and its children write to the end of a file. Not by `redirect_stdout`: loggers' handlers that are made
+    meanwhile would stay bound to the file, and children would not see it.
+    """
+    streams = (sys.stdout, sys.stderr)
+    for stream in streams:
+        stream.flush()
+    kept = [os.dup(1), os.dup(2)]
+    with open(path, "ab") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    try:
+        yield
+    finally:
+        for stream in streams:
+            stream.flush()
+        for number, own in zip((1, 2), kept, strict=True):
+            os.dup2(own, number)
+            os.close(own)
 
 
 def read_log(folder: Path) -> dict[str, Any]:
