@@ -39,7 +39,7 @@ from .grid import Step
 from .settings import Cell, Settings, Task
 
 
-# Arguments of training that neither the data nor the model of an evaluation depends on
+# Arguments of training that an evaluation takes over, beside those that say which model it is
 _EVALUATED = (
     "max_length",
     "truncate_persona",
