@@ -324,3 +324,21 @@ def test_on_a_terminal_the_table_stays_there_and_the_output_goes_to_logs(tiny_mo
     assert "Training completed" in log.read_text() and "Training completed" not in text
     (log,) = tmp_path.glob("out/runs/**/evaluate.log")
     assert "Generated 4 predictions" in log.read_text() and "Generated 4 predictions" not in text
+
+
+def test_a_line_separator_in_a_text_parts_no_row(tmp_path):
+    rows = [
+        {
+            "skipped": None,
+            "num_tokens": 9,
+            "num_counterfactual_tokens": 5,
+            "tokens": ["a", "\u2028"],
+            "response": "a\u2028",
+        },
+        {"skipped": "too long", "num_tokens": 0, "num_counterfactual_tokens": 0, "tokens": []},
+    ]
+    (tmp_path / "scores").mkdir()
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "scores" / "scores.jsonl").write_text(text, encoding="utf-8")
+    lengths = prompt_lengths(tmp_path)["prompt_lengths"]
+    assert lengths == {"with_persona": 7, "without_persona": 3, "rows": 1}

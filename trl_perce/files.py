@@ -64,6 +64,22 @@ def whole_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
             position += len(line)
 
 
+def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
+    """
+    The rows of a file of JSON lines that is whole. Line breaks alone part them: `str.splitlines` would part at characters that
+    stand in texts, too.
+
+    Args:
+        path (`str` or `Path`): The file.
+
+    Yields:
+        `dict[str, Any]`: One row a line.
+    """
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
 def keep_settings(path: str | Path, settings: dict[str, Any], started: bool) -> None:
     """
     Write the settings of a run, or, where the run has started before, see that they are still the same.

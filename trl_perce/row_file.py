@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .files import keep_settings, whole_lines
+from .files import keep_settings, read_lines, whole_lines
 
 
 class RowFile:
@@ -53,9 +53,7 @@ class RowFile:
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """The lines of the finished file, in order."""
-        with open(self.path, encoding="utf-8") as file:
-            for line in file:
-                yield json.loads(line)
+        return read_lines(self.path)
 
     def append_lines(self, lines: Iterable[dict[str, Any]]) -> None:
         """Write lines as they come, each as a whole."""

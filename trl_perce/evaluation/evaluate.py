@@ -31,7 +31,7 @@ from peft import PeftModel
 
 from ..checks import load_tokenizer
 from ..config import copy_config
-from ..files import written_whole
+from ..files import read_lines, written_whole
 from ..loading import find_adapter, load_model, load_scoring_tokenizer
 from ..percontrast import PerContrast
 from ..persona import PersonaError
@@ -45,7 +45,7 @@ from .likelihood import likelihood_values, score_swapped, token_likelihoods
 from .metrics import text_metrics
 from .predictions import make_prompts, other_rows
 from .report import write_report
-from .results import compare, read_baseline, read_lines, summarise
+from .results import compare, read_baseline, summarise
 from .uptake import persona_uptakes
 
 

@@ -12,13 +12,13 @@
 
 """Values of rows → means with intervals, and tests against another evaluation of the same rows."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..files import read_lines
 from .predictions import Prompt
 from .statistics import bootstrap_interval, paired_test
 
@@ -106,13 +106,6 @@ def read_baseline(folder: str | Path, prompts: Sequence[Prompt]) -> dict[int, di
             "evaluations of the same dataset, with the same `max_rows`, `max_length` and `max_new_tokens`."
         )
     return {line["row"]: line for line in read_lines(folder / "metrics.jsonl")}
-
-
-def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The lines of a JSON-lines file."""
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
 
 
 def _groups(groups: Sequence[str | None], where: np.ndarray) -> list[str]:

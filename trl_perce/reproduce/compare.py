@@ -20,9 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.results import read_lines
 from ..evaluation.statistics import bootstrap_interval, mean_over_seeds
-from ..files import written_whole
+from ..files import read_lines, written_whole
 from ..markdown import table
 from .settings import Cell
 from .steps import Steps

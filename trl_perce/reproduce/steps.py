@@ -32,7 +32,7 @@ from typing import Any
 
 import yaml
 
-from ..files import written_whole
+from ..files import read_lines, written_whole
 from ..history import to_examples
 from ..retrieval import Retriever
 from .grid import Step
@@ -225,7 +225,7 @@ class Steps:
 
     def _score_answers(self, task: Task, folder: Path) -> dict[str, Any]:
         from ..benchmarks import general_qa
-        from ..evaluation.results import read_lines, summarise
+        from ..evaluation.results import summarise
 
         rows = [*read_lines(self._data_path(task) / "test.jsonl")]
         predictions = {line["row"]: line["prediction"] for line in read_lines(folder / "predictions.jsonl")}
@@ -265,8 +265,7 @@ def prompt_lengths(folder: Path) -> dict[str, Any]:
     path = folder / "scores" / "scores.jsonl"
     if not path.is_file():
         return {}
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if row["skipped"] is None and row["num_counterfactual_tokens"]]
+    rows = [row for row in read_lines(path) if row["skipped"] is None and row["num_counterfactual_tokens"]]
     if not rows:
         return {}
     lengths = {
