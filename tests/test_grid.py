@@ -12,7 +12,8 @@ import yaml
 from conftest import ROOT
 from trl_perce.cli import aloe, evaluate, train
 from trl_perce.cli.common import check_known
-from trl_perce.reproduce.grid import Step, differences, run_steps
+from trl_perce.files import differences
+from trl_perce.reproduce.grid import Step, run_steps
 from trl_perce.reproduce.settings import Cell, load_settings
 from trl_perce.reproduce.steps import Steps
 

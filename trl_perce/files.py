@@ -95,11 +95,7 @@ def keep_settings(path: str | Path, settings: dict[str, Any], started: bool) -> 
     path, settings = Path(path), json.loads(json.dumps(settings))
     if started and path.is_file():
         earlier = json.loads(path.read_text(encoding="utf-8"))
-        differing = [
-            f"`{key}` was {earlier.get(key)!r} and is {settings.get(key)!r}"
-            for key in {**earlier, **settings}
-            if earlier.get(key) != settings.get(key)
-        ]
+        differing = differences(earlier, settings)
         if differing:
             raise ValueError(
                 f"{path.parent} holds results that were made with other settings: {'; '.join(differing)}. Choose another "
@@ -107,3 +103,25 @@ def keep_settings(path: str | Path, settings: dict[str, Any], started: bool) -> 
             )
     with written_whole(path) as part:
         part.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def differences(kept: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    """
+    In what two settings differ, for a message.
+
+    Args:
+        kept (`dict[str, Any]`): Earlier settings.
+        wanted (`dict[str, Any]`): Those of now.
+        prefix (`str`, *optional*, defaults to `""`): Of the keys' names.
+
+    Returns:
+        `list[str]`: One text for each key, nested ones with dots.
+    """
+    found = []
+    for key in {**kept, **wanted}:
+        was, now = kept.get(key), wanted.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            found += differences(was, now, f"{prefix}{key}.")
+        elif was != now:
+            found.append(f"`{prefix}{key}` was {was!r} and is {now!r}")
+    return found

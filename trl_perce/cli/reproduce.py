@@ -63,9 +63,8 @@ def run(argv: list[str]) -> int:
     console = _make_console()
     try:
         steps = _read(args)
-        cells = make_cells(steps)
         if args.dry_run:
-            _print_plan(steps, cells, console)
+            _print_plan(steps, console)
             return 0
         failed = [] if args.tables_only else _run_steps(steps, console)
         _write_tables(steps, args.tables, console)
@@ -80,8 +79,11 @@ def _make_console():
     """A console that stays on the terminal while a step's output goes to its log ([`~reproduce.steps`])."""
     from rich.console import Console
 
-    file = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") if sys.stdout.isatty() else None
-    return Console(file=file, highlight=False, soft_wrap=True)
+    if sys.stdout.isatty():
+        file = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+        return Console(file=file, highlight=False, soft_wrap=True)
+    # A file or a pipe has no width; Rich's 80 columns would break the names of runs letter by letter
+    return Console(highlight=False, soft_wrap=True, width=200)
 
 
 def _read(args: argparse.Namespace):
@@ -147,7 +149,7 @@ def make_cells(steps) -> list[dict[str, Any]]:
             }
         )
     for cell, train in steps.train.items():
-        own = {task: parts for (of, task), parts in steps.evaluate.items() if of == cell}
+        own = steps.evaluations_of(cell)
         states = {"train": train.state} | {task: _state(parts) for task, parts in own.items()}
         seconds = {"train": train.seconds} if train.seconds else {}
         seconds |= {task: parts[0].seconds for task, parts in own.items() if parts[0].seconds}
@@ -162,12 +164,12 @@ def _state(parts) -> str:
     return next((step.state for step in parts if step.state != "done"), "done")
 
 
-def _print_plan(steps, cells, console) -> None:
+def _print_plan(steps, console) -> None:
     from trl_perce.reproduce.live import live_table
 
+    cells, states = make_cells(steps), [step.state for step in steps.all()]
     console.print(live_table(cells, max_rows=len(cells)))
-    done = sum(step.state == "done" for step in steps.all())
-    console.print(f"{done} of {len(steps.all())} steps are done.")
+    console.print(f"{states.count('done')} of {len(states)} steps are done.")
 
 
 def _write_tables(steps, numbers: list[int] | None, console) -> None:

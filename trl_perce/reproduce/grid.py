@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..files import written_whole
+from ..files import differences, written_whole
 
 
 @dataclass
@@ -84,28 +84,6 @@ class Step:
         with written_whole(self.path) as part:
             part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         self.state = "done"
-
-
-def differences(kept: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
-    """
-    In what two settings differ, for a message.
-
-    Args:
-        kept (`dict[str, Any]`): Earlier settings.
-        wanted (`dict[str, Any]`): Those of now.
-        prefix (`str`, *optional*, defaults to `""`): Of the keys' names.
-
-    Returns:
-        `list[str]`: One text for each key, nested ones with dots.
-    """
-    found = []
-    for key in {**kept, **wanted}:
-        was, now = kept.get(key), wanted.get(key)
-        if isinstance(was, dict) and isinstance(now, dict):
-            found += differences(was, now, f"{prefix}{key}.")
-        elif was != now:
-            found.append(f"`{prefix}{key}` was {was!r} and is {now!r}")
-    return found
 
 
 def run_steps(steps: Iterable[Step], changed: Callable[[Step], None], wait: float = 5.0) -> list[Step]:

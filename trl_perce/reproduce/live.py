@@ -47,7 +47,7 @@ def live_table(cells: list[dict[str, Any]], max_rows: int = 20) -> Table:
     metrics = list(dict.fromkeys(metric for cell in cells[first:last] for metric in cell["metrics"]))
     caption = _summary(cells, first, last)
     table = Table(caption=caption, caption_justify="left", caption_style="", min_width=len(caption))
-    table.add_column("cell", overflow="fold")
+    table.add_column("cell", overflow="fold", min_width=20)
     for step in steps:
         table.add_column(Text(step), no_wrap=True)
     for metric in metrics:

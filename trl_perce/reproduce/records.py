@@ -52,18 +52,13 @@ def make_records(steps: Steps) -> list[dict[str, Any]]:
     for (model, task), own in steps.untrained.items():
         condition = {"model": model, "train_task": None, "task": task, "method": "untrained"}
         condition |= {"learning_rate": None, "clip": None, "seed": None}
-        records += [record for step in own for record in _evaluated(condition, step)]
+        records += _evaluated(condition, own)
     for cell, step in steps.train.items():
         records += _trained(_condition(cell), step)
     for (cell, task), own in steps.evaluate.items():
         condition = _condition(cell) | {"task": task}
-        records += [record for step in own for record in _evaluated(condition, step)]
-    # The judge's step holds the metrics of the evaluation that it goes on from, too
-    return list({_key(record): record for record in records}.values())
-
-
-def _key(record: dict[str, Any]) -> tuple:
-    return tuple(str(record[name]) for name in record if name not in ("value", "interval", "rows"))
+        records += _evaluated(condition, own)
+    return records
 
 
 def _condition(cell: Cell) -> dict[str, Any]:
@@ -95,20 +90,22 @@ def _trained(condition: dict[str, Any], step: Step) -> list[dict[str, Any]]:
     return records
 
 
-def _evaluated(condition: dict[str, Any], step: Step) -> list[dict[str, Any]]:
-    if step.result is None:
+def _evaluated(condition: dict[str, Any], steps: list[Step]) -> list[dict[str, Any]]:
+    # The judge's result holds that of the evaluation before it, too
+    result = next((step.result for step in reversed(steps) if step.result is not None), None)
+    if result is None:
         return []
-    if "rounds" in step.result:
+    if "rounds" in result:
         from ..benchmarks.aloe_metrics import aloe_records
 
         run = {name: value for name, value in condition.items() if name != "task"}
-        return [record | {"task": condition["task"]} for record in aloe_records(step.result, **run)]
+        return [record | {"task": condition["task"]} for record in aloe_records(result, **run)]
     records = []
-    for name, found in step.result["metrics"].items():
+    for name, found in result["metrics"].items():
         value = float("nan") if found["mean"] is None else found["mean"]
         figure = {"value": value, "interval": found["interval"], "rows": found["rows"]}
         records.append({**condition, "metric": _NAMES.get(name, name), **figure})
-    lengths = step.result.get("prompt_lengths")
+    lengths = result.get("prompt_lengths")
     if lengths:
         records += [
             {

@@ -88,9 +88,12 @@ class Steps:
         """All steps in the order in which they shall run: one run after the other, from training to its last evaluation."""
         steps = [*self.data.values(), *(step for own in self.untrained.values() for step in own)]
         for cell, train in self.train.items():
-            steps.append(train)
-            steps += [step for (of, _), own in self.evaluate.items() if of == cell for step in own]
+            steps += [train, *(step for own in self.evaluations_of(cell).values() for step in own)]
         return steps
+
+    def evaluations_of(self, cell: Cell) -> dict[str, list[Step]]:
+        """The evaluations of a run, by task."""
+        return {task: self.evaluate[(cell, task)] for task in self.settings.evaluated_tasks(cell)}
 
     def _run_folder(self, cell: Cell) -> Path:
         return self.folder / "runs" / cell.name
