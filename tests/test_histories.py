@@ -113,11 +113,13 @@ def test_what_is_left_out_is_counted(folder, caplog):
         OWN | {"response": " "},
         OWN | {"response": "a long one " * 5},
         OWN | {"query": "{persona}?"},
+        OWN | {"query": "Is <persona> a tag?"},  # training takes these for the persona's borders
+        OWN | {"response": "It is, like </persona>."},
     ]
     with caplog.at_level(logging.WARNING):
         assert len(load("train", folder(records, validation=[OWN]), max_words=10)) == 1
-    assert "4 rows of" in caplog.text
-    for reason in ("no other history", "is empty", "longer than 10 words", "'{persona}'"):
+    assert "6 rows of" in caplog.text
+    for reason in ("no other history", "is empty", "longer than 10 words", "'{persona}'", "'<persona>'", "'</persona>'"):
         assert reason in caplog.text
 
 

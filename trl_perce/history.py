@@ -23,6 +23,10 @@ from typing import Any
 from .persona import PLACEHOLDER
 
 
+# What training takes for marks of the persona, by default
+_MARKS = (PLACEHOLDER, "<persona>", "</persona>")
+
+
 @dataclass(frozen=True)
 class HistoryEntry:
     """
@@ -77,6 +81,25 @@ class HistoryRow:
             )
         if not self.response.strip():
             raise ValueError(f"Row {self.id!r}: the response is empty.")
+
+
+def find_mark(texts: Iterable[str]) -> str | None:
+    """
+    A mark of the persona that texts of users hold: training would take it for its own.
+
+    Args:
+        texts (`Iterable[str]`): Those of a row beside the persona, in which marks stay what they are.
+
+    Returns:
+        `str` or `None`: `{persona}`, `<persona>` or `</persona>`.
+    """
+    texts = list(texts)
+    return next((mark for mark in _MARKS if any(mark in text for text in texts)), None)
+
+
+def folded(text: str) -> str:
+    """A text without its case and white space, to tell whether two are the same."""
+    return " ".join(text.casefold().split())
 
 
 def to_example(row: HistoryRow, entries: Sequence[HistoryEntry]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from .history import HistoryRow
+from .history import HistoryRow, folded
 
 
 if TYPE_CHECKING:
@@ -167,14 +167,14 @@ def _candidates(rows: Sequence[HistoryRow]) -> list[list[int]]:
     """The entries of each row that may be retrieved; what is left out is counted and logged."""
     candidates, num_targets, num_later, num_excluded_rows = [], 0, 0, 0
     for row in rows:
-        target, indices = _normalized(row.response), []
+        target, indices = folded(row.response), []
         for index, entry in enumerate(row.history):
             if row.time is not None and entry.time is None:
                 raise ValueError(
                     f"Row {row.id!r}: entry {index} of the history has no `time`, but the row has one, and no entry may be "
                     "later than the row. Give all entries a time, or the row none."
                 )
-            if entry.response is not None and _normalized(entry.response) == target:
+            if entry.response is not None and folded(entry.response) == target:
                 num_targets += 1
             elif row.time is not None and not entry.time < row.time:
                 num_later += 1
@@ -193,10 +193,6 @@ def _candidates(rows: Sequence[HistoryRow]) -> list[list[int]]:
             f"{num_excluded_rows} every entry is the row's own response or not earlier than the row."
         )
     return candidates
-
-
-def _normalized(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def _best_first(indices: list[int], scores: np.ndarray) -> list[int]:

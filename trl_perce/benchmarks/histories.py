@@ -32,7 +32,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from ..history import HistoryEntry, HistoryRow
+from ..history import HistoryEntry, HistoryRow, find_mark
 from .reading import Skips, read_records, sample
 
 
@@ -132,8 +132,8 @@ def _is_usable(row: dict[str, Any], max_words: int | None, skips: Skips) -> bool
         reason = f"the response is longer than {max_words} words"
     elif not row["history"]:
         reason = "the user has no other history"
-    elif any("{persona}" in text for text in row["texts"]):
-        reason = "the query holds '{persona}'"
+    elif mark := find_mark([*row["texts"], row["response"]]):
+        reason = f"the query or the response holds {mark!r}"
     else:
         return True
     skips.add(reason)

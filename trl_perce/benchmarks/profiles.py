@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..history import HistoryEntry, HistoryRow
+from ..history import HistoryEntry, HistoryRow, find_mark, folded
 from ..persona import PLACEHOLDER
 from .reading import Skips, take, to_days
 
@@ -31,8 +31,6 @@ from .reading import Skips, take, to_days
 NUM_ROWS = {"train": 2000, "validation": 500, "test": 500}
 # Columns of a date, in a row or in an item of its profile; the first that is there counts
 _DATE_COLUMNS = ("date", "year", "unixReviewTime")
-# What training would take for marks of the persona
-_RESERVED = (PLACEHOLDER, "<persona>", "</persona>")
 
 
 @dataclass(frozen=True)
@@ -185,11 +183,7 @@ def _reason(text: str, output: str, history: Sequence[HistoryEntry], time: float
     if not history:
         return "no history"
     earlier = [entry for entry in history if time is None or entry.time < time]
-    if all(_normalized(entry.response) == _normalized(output) for entry in earlier):
+    if all(folded(entry.response) == folded(output) for entry in earlier):
         return "no earlier history" if time is not None else "no history but the output itself"
-    reserved = [mark for mark in _RESERVED if mark in text or mark in output]
-    return f"input or output hold {reserved[0]}" if reserved else None
-
-
-def _normalized(text: str) -> str:
-    return " ".join(text.casefold().split())
+    mark = find_mark((text, output))
+    return f"input or output hold {mark}" if mark else None
