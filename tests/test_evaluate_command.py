@@ -1,6 +1,4 @@
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM
 
 from conftest import make_tiny_model
+from servers import needs_openai
 from trl_perce import PerContrast, PerContrastConfig, TokenScores
 from trl_perce.cli.main import main
 from trl_perce.evaluation.arguments import EvaluationArguments, GenerationArguments
@@ -305,39 +304,19 @@ def test_compared_with_another_evaluation(evaluate, tmp_path, tokenizer, capsys)
     assert "is of other rows; 2 differ, first row 4" in capsys.readouterr().err
 
 
-def test_a_judge_rates(evaluate, tmp_path, capsys):
-    asked = []
+@needs_openai
+def test_a_judge_rates(evaluate, echo, tmp_path, capsys):
+    def rate(body):
+        text = body["messages"][-1]["content"]
+        name = text.rsplit("\n", 1)[-1].split(":")[0]
+        return f"{name}: {2 if name == 'fluency' else 4}" if "number 3" not in text else "none"
 
-    class Judge(BaseHTTPRequestHandler):
-        def do_POST(self):
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append(request["messages"][-1]["content"])
-            name = asked[-1].rsplit("\n", 1)[-1].split(":")[0]
-            reply = f"{name}: {2 if name == 'fluency' else 4}" if "number 3" not in asked[-1] else "none"
-            message = {"role": "assistant", "content": reply}
-            answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "judge"}
-            answer["choices"] = [{"index": 0, "finish_reason": "stop", "message": message}]
-            body = json.dumps(answer).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    argv = ["--judge_base_url", f"http://127.0.0.1:{server.server_port}/v1", "--judge_model", "judge"]
-    try:
-        assert evaluate(*argv, "--likelihood", "False") == 0
-        count = len(asked)
-        assert evaluate(*argv, "--likelihood", "False") == 0
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert len(asked) == count  # all answers are known
+    echo.reply = rate
+    argv = ["--judge_base_url", echo.url, "--judge_model", "judge", "--likelihood", "False"]
+    assert evaluate(*argv) == 0
+    count = len(echo.texts)
+    assert evaluate(*argv) == 0
+    assert len(echo.texts) == count  # all answers are known
     metrics, rows = result_of(tmp_path / "out")["metrics"], lines_of(tmp_path / "out" / "metrics.jsonl")
     assert metrics["judge/fluency"]["mean"] == 2 and metrics["judge/personalization"] == {
         **{"mean": 4.0, "interval": [4.0, 4.0], "rows": 5},

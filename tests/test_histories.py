@@ -119,7 +119,14 @@ def test_what_is_left_out_is_counted(folder, caplog):
     with caplog.at_level(logging.WARNING):
         assert len(load("train", folder(records, validation=[OWN]), max_words=10)) == 1
     assert "6 rows of" in caplog.text
-    for reason in ("no other history", "is empty", "longer than 10 words", "'{persona}'", "'<persona>'", "'</persona>'"):
+    for reason in (
+        "no other history",
+        "is empty",
+        "longer than 10 words",
+        "'{persona}'",
+        "'<persona>'",
+        "'</persona>'",
+    ):
         assert reason in caplog.text
 
 

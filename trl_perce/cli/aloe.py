@@ -25,20 +25,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .common import check_config_keys, check_rest, disable_progress_bars, model_init_kwargs
+from .common import MODEL_SETTINGS, check_config_keys, check_rest, disable_progress_bars, model_init_kwargs
 
 
 HELP = "Let a model talk with simulated users and have a judge rate how well it suits them (ALOE)"
 # Settings that the result depends on
 _SETTINGS = ["adapter", "temperature", "max_new_tokens", "seed", "chat_template_kwargs"]
-_MODEL_SETTINGS = [
-    "model_revision",
-    "dtype",
-    "load_in_4bit",
-    "load_in_8bit",
-    "bnb_4bit_quant_type",
-    "use_bnb_nested_quant",
-]
 _POSITIVE = ["rounds", "max_new_tokens", "batch_size", "simulator_max_tokens", "judge_max_tokens", "concurrency"]
 _FIGURES = {
     "ir": "Improvement rate, per round",
@@ -200,7 +192,7 @@ class AloeRun:
         settings = {
             "model": model_args.model_name_or_path,
             **{name: getattr(args, name) for name in _SETTINGS},
-            **{name: getattr(model_args, name) for name in _MODEL_SETTINGS},
+            **{name: getattr(model_args, name) for name in MODEL_SETTINGS},
         }
         if args.overwrite:
             remove_run(args.output_dir)

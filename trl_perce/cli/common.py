@@ -24,6 +24,11 @@ _BUILDERS = {
     **{".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"},
     **{".parquet": "parquet", ".arrow": "arrow", ".txt": "text"},
 }
+# Settings of TRL's `ModelConfig` that results depend on
+MODEL_SETTINGS = [
+    *("model_revision", "dtype", "attn_implementation", "load_in_4bit", "load_in_8bit"),
+    *("bnb_4bit_quant_type", "use_bnb_nested_quant"),
+]
 
 
 def load_data(script_args, dataset_args):
@@ -54,6 +59,35 @@ def load_data(script_args, dataset_args):
         dataset = load_from_disk(path)
         return dataset if isinstance(dataset, DatasetDict) else DatasetDict(train=dataset)
     return load_dataset(str(path) if path.is_dir() else name, name=script_args.dataset_config, streaming=streaming)
+
+
+def load_split(script_args, dataset_args, default: str, or_only: bool = False):
+    """
+    Load the rows that a command is about.
+
+    Args:
+        script_args ([`~trl.ScriptArguments`]): As for [`load_data`], with `dataset_split` and `max_rows`.
+        dataset_args ([`~trl.DatasetMixtureConfig`]): As for [`load_data`].
+        default (`str`): Name of the split where `dataset_split` is not given.
+        or_only (`bool`, *optional*, defaults to `False`): Instead of the default, take the only split that there is: one data file
+            has one, which `datasets` calls "train".
+
+    Returns:
+        `tuple`: The first `max_rows` rows, or all, and the name of the split.
+
+    Raises:
+        `ValueError`: There is no such split; the message names those that there are.
+    """
+    splits = load_data(script_args, dataset_args)
+    split = script_args.dataset_split or default
+    if or_only and split not in splits and script_args.dataset_split is None and len(splits) == 1:
+        split = next(iter(splits))
+    if split not in splits:
+        raise ValueError(
+            f"The dataset has no split {split!r}; it has {', '.join(map(repr, splits))}. Set `dataset_split`."
+        )
+    dataset, rows = splits[split], script_args.max_rows
+    return (dataset if rows is None else dataset.take(rows)), split
 
 
 def _builder(path: Path) -> str | None:

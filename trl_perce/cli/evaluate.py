@@ -21,20 +21,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .common import (
+    MODEL_SETTINGS,
     check_config_keys,
     check_rest,
     check_script_args,
     disable_progress_bars,
-    load_data,
+    load_split,
     model_init_kwargs,
 )
 
 
 HELP = "Generate predictions and measure overlap with the references, use of the persona and likelihood"
-_MODEL_SETTINGS = [
-    *("model_revision", "dtype", "attn_implementation", "load_in_4bit", "load_in_8bit"),
-    *("bnb_4bit_quant_type", "use_bnb_nested_quant"),
-]
 
 
 def make_parser():
@@ -107,29 +104,16 @@ def _make_evaluation(script_args, options, args, model_args, dataset_args):
     quantization = get_quantization_config(model_args)
     if quantization is not None:
         args.model_init_kwargs["quantization_config"] = quantization
-    rows, split = _load_rows(script_args, dataset_args)
+    rows, split = load_split(script_args, dataset_args, script_args.dataset_test_split, or_only=True)
     base, adapter = find_adapter(model_args.model_name_or_path, script_args.adapter)
     settings = {
         "model": base,
         "adapter": adapter,
         "dataset": script_args.dataset_name or [mixed.path for mixed in dataset_args.datasets],
         "split": split,
-        **{name: getattr(model_args, name) for name in _MODEL_SETTINGS},
+        **{name: getattr(model_args, name) for name in MODEL_SETTINGS},
     }
     return Evaluation(base, None, rows, args.output_dir, args, options, settings, adapter, say=print)
-
-
-def _load_rows(script_args, dataset_args):
-    splits = load_data(script_args, dataset_args)
-    split = script_args.dataset_split or script_args.dataset_test_split
-    if split not in splits and script_args.dataset_split is None and len(splits) == 1:
-        split = next(iter(splits))  # one file of rows
-    if split not in splits:
-        raise ValueError(
-            f"The dataset has no split {split!r}; it has {', '.join(map(repr, splits))}. Set `dataset_split`."
-        )
-    dataset, rows = splits[split], script_args.max_rows
-    return (dataset if rows is None else dataset.take(rows)), split
 
 
 def _run(parser, evaluation) -> None:

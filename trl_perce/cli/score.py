@@ -22,11 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .common import (
+    MODEL_SETTINGS,
     check_config_keys,
     check_rest,
     check_script_args,
     disable_progress_bars,
-    load_data,
+    load_split,
     model_init_kwargs,
 )
 
@@ -45,10 +46,6 @@ _SETTINGS = [
         "fp16",
     ),
     *("persona_start_marker", "persona_end_marker", "dataset_text_field"),
-]
-_MODEL_SETTINGS = [
-    *("model_revision", "dtype", "attn_implementation", "load_in_4bit", "load_in_8bit"),
-    *("bnb_4bit_quant_type", "use_bnb_nested_quant"),
 ]
 
 
@@ -144,7 +141,7 @@ class ScoreRun:
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}. Write a positive number of rows, or leave it out.")
         args.model_init_kwargs = model_init_kwargs(model_args, args)
-        dataset, split = self._load_split(dataset_args)
+        dataset, split = load_split(script_args, dataset_args, script_args.dataset_train_split)
         self.base, self.adapter = find_adapter(model_args.model_name_or_path, script_args.adapter)
         try:
             self.tokenizer = load_scoring_tokenizer(self.base, self.adapter, args)
@@ -159,21 +156,11 @@ class ScoreRun:
             "rows": script_args.max_rows,
             "fingerprint": _fingerprint(dataset),
             **{name: getattr(args, name) for name in _SETTINGS},
-            **{name: getattr(model_args, name) for name in _MODEL_SETTINGS},
+            **{name: getattr(model_args, name) for name in MODEL_SETTINGS},
         }
         if script_args.overwrite:
             remove_scores(args.output_dir)
         self.file = ScoreFile(args.output_dir, self.settings)
-
-    def _load_split(self, dataset_args):
-        splits = load_data(self.script_args, dataset_args)
-        split = self.script_args.dataset_split or self.script_args.dataset_train_split
-        if split not in splits:
-            raise ValueError(
-                f"The dataset has no split {split!r}; it has {', '.join(map(repr, splits))}. Set `dataset_split`."
-            )
-        dataset, rows = splits[split], self.script_args.max_rows
-        return (dataset if rows is None else dataset.take(rows)), split
 
     def score(self) -> None:
         """Score the rows that are not yet scored."""
