@@ -20,6 +20,7 @@ from trl_perce.evaluation.statistics import bootstrap_interval, paired_test
 from trl_perce.evaluation.uptake import persona_uptake
 
 
+pytest_plugins = ["servers"]
 FILES = {"predictions.jsonl", "settings.json", "metrics.jsonl", "metrics.json", "report.md", "scores"}
 QUICK = ["--max_new_tokens", "8", "--max_length", "600", "--metrics", "rouge", "--temperature", "0"]
 
