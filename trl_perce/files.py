@@ -14,7 +14,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,45 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """
+    Write a text whole or not at all ([`written_whole`]), in UTF-8 and with `\\n` at the ends of lines.
+
+    Args:
+        path (`str` or `Path`): Where to.
+        text (`str`): The text. A lone surrogate, which UTF-8 has no bytes for, becomes an escape as in JSON.
+    """
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def write_json(path: str | Path, value: Any, indent: int = 2) -> None:
+    """
+    Write JSON whole or not at all.
+
+    Args:
+        path (`str` or `Path`): Where to.
+        value (`Any`): What `json` can write.
+        indent (`int`, *optional*, defaults to `2`): Spaces of an indentation.
+    """
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_json_lines(path: str | Path, rows: Iterable[Any]) -> None:
+    """
+    Write JSON lines whole or not at all.
+
+    Args:
+        path (`str` or `Path`): Where to.
+        rows (`Iterable`): A line each, as it comes.
+    """
+    with (
+        written_whole(path) as part,
+        open(part, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
+    ):
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def whole_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
@@ -101,8 +140,7 @@ def keep_settings(path: str | Path, settings: dict[str, Any], started: bool) -> 
                 f"{path.parent} holds results that were made with other settings: {'; '.join(differing)}. Choose another "
                 "`output_dir`, or set `overwrite` to start anew."
             )
-    with written_whole(path) as part:
-        part.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, settings)
 
 
 def differences(kept: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .files import written_whole
+from .files import write_text, written_whole
 from .scores import TokenScores
 
 
@@ -143,8 +143,7 @@ def write_html(
         template = template.replace(f"{{{{{tag}_hash}}}}", digest)
     # The data last: what it holds is looked through for nothing
     before, after = template.split("{{data}}")
-    with written_whole(path) as part:
-        part.write_text(before + _json_for_script(data) + after, encoding="utf-8", newline="\n")
+    write_text(path, before + _json_for_script(data) + after)
 
 
 def write_png(scores: Iterable[TokenScores], path: str | Path, settings: dict[str, Any], num_rows: int = 4) -> None:

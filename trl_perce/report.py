@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from .files import written_whole
+from .files import write_text
 from .intervals import ratio_interval
 from .markdown import code, table
 from .scores import TokenScores
@@ -174,8 +174,7 @@ def write_report(report: dict[str, Any], folder: str | Path) -> None:
         ("report.json", json.dumps(report, ensure_ascii=True, allow_nan=False, indent=2) + "\n"),
         ("report.md", _markdown(report)),
     ):
-        with written_whole(Path(folder) / name) as part:
-            part.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+        write_text(Path(folder) / name, text)
 
 
 def _ratio(part: float, whole: float) -> float | None:

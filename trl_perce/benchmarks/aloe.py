@@ -36,7 +36,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..endpoint import Endpoint
-from ..files import keep_settings, whole_lines, written_whole
+from ..files import keep_settings, whole_lines, write_json, write_json_lines
 from ..ratings import parse_rating, without_reasoning
 from .aloe_metrics import summarize
 
@@ -316,14 +316,8 @@ class Aloe:
 
     def _write(self) -> dict[str, Any]:
         ratings = [[parse_rating(verdict) for verdict in c.verdicts] for c in self.conversations]
-        with written_whole(self.folder / "conversations.jsonl") as part, open(part, "w", encoding="utf-8") as file:
-            for conversation, rated in zip(self.conversations, ratings, strict=True):
-                texts = zip(conversation.messages, conversation.replies, conversation.verdicts, rated, strict=True)
-                turns = [
-                    {"round": number, "message": message, "reply": reply, "verdict": verdict, "rating": rating}
-                    for number, (message, reply, verdict, rating) in enumerate(texts, 1)
-                ]
-                file.write(json.dumps({**asdict(conversation.persona), "rounds": turns}, ensure_ascii=False) + "\n")
+        lines = map(_line, self.conversations, ratings)
+        write_json_lines(self.folder / "conversations.jsonl", lines)
         result = {
             **summarize(ratings),
             "empty_messages": sum(not text for c in self.conversations for text in c.messages),
@@ -334,9 +328,17 @@ class Aloe:
         for name, meaning in _WARNINGS.items():
             if result[name]:
                 logger.warning(f"ALOE: {result[name]} {meaning}")
-        with written_whole(self.folder / "aloe.json") as part:
-            part.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(self.folder / "aloe.json", result)
         return result
+
+
+def _line(conversation: Conversation, ratings: Iterable[int | None]) -> dict[str, Any]:
+    texts = zip(conversation.messages, conversation.replies, conversation.verdicts, ratings, strict=True)
+    turns = [
+        {"round": number, "message": message, "reply": reply, "verdict": verdict, "rating": rating}
+        for number, (message, reply, verdict, rating) in enumerate(texts, 1)
+    ]
+    return {**asdict(conversation.persona), "rounds": turns}
 
 
 def _settings_of(endpoint: Endpoint) -> dict[str, Any]:

@@ -35,13 +35,12 @@ The input is a whole instruction ("Generate a headline for the following article
 it. The few words around it are ours, since the prompts of the PerCE paper's Appendix D.1 could not be read.
 """
 
-import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from ..files import written_whole
+from ..files import write_json
 from ..history import HistoryRow
 from .profiles import ProfileTask, RowMaker, number_to_draw, user_of
 from .reading import Skips, check_unique, draw_rows, find_file, read_object, read_records, take, take_choice
@@ -173,10 +172,7 @@ def write_submission(
         _check_ids(set(ids), set(outputs), questions)
         outputs = {row_id: outputs[row_id] for row_id in ids}
     golds = [{"id": row_id, "output": output} for row_id, output in outputs.items()]
-    with written_whole(path) as part:
-        part.write_text(
-            json.dumps({"task": task, "golds": golds}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-        )
+    write_json(path, {"task": task, "golds": golds}, indent=1)
 
 
 def _by_id(records: list[dict[str, Any]], path: str | Path) -> dict[str, dict[str, Any]]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..endpoint import Endpoint
-from ..files import written_whole
+from ..files import write_json_lines
 from ..scores import WORD
 from .persona_qa import PROMPT, find_word
 
@@ -242,5 +242,4 @@ def check_item(item: dict[str, Any]) -> tuple[str, str, list[str]]:
 
 def write_rows(path: str | Path, rows: list[dict[str, Any]]) -> None:
     """Write JSON lines, whole or not at all."""
-    with written_whole(path) as part:
-        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_json_lines(path, rows)

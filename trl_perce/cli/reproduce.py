@@ -18,7 +18,6 @@
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
@@ -57,6 +56,8 @@ def run(argv: list[str]) -> int:
     Returns:
         `int`: Exit code: 0, 1 if a step failed, 2 if the arguments or the file are wrong, or earlier outputs have other settings.
     """
+    from filelock import FileLock
+
     parser = make_parser()
     args = parser.parse_args(argv)
     disable_progress_bars()  # each step has a log of its own
@@ -67,7 +68,8 @@ def run(argv: list[str]) -> int:
             _print_plan(steps, console)
             return 0
         failed = [] if args.tables_only else _run_steps(steps, console)
-        _write_tables(steps, args.tables, console)
+        with FileLock(Path(steps.settings.output_dir) / ".tables.lock"):  # processes that share a grid end together
+            _write_tables(steps, args.tables, console)
     except (ValueError, OSError) as error:
         parser.exit(2, f"trl-perce reproduce: error: {error}\n")
     for step in failed:
@@ -178,7 +180,7 @@ def _write_tables(steps, numbers: list[int] | None, console) -> None:
 
     from rich.markdown import Markdown
 
-    from trl_perce.files import written_whole
+    from trl_perce.files import write_json
     from trl_perce.reproduce.compare import compare_methods, write_comparisons
     from trl_perce.reproduce.paper import QUOTES, load_quotes, quoted
     from trl_perce.reproduce.records import make_records
@@ -186,8 +188,7 @@ def _write_tables(steps, numbers: list[int] | None, console) -> None:
 
     records = make_records(steps)
     folder = Path(steps.settings.output_dir)
-    with written_whole(folder / "records.json") as part:
-        part.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "records.json", records, indent=1)
     quotes = steps.settings.quotes
     quoting = quoted if quotes is None else partial(quoted, quotes=QUOTES + load_quotes(quotes))
     paths = write_tables(records, dataclasses.asdict(steps.settings), folder, quoting, numbers)

@@ -31,7 +31,7 @@ from peft import PeftModel
 
 from ..checks import load_tokenizer
 from ..config import copy_config
-from ..files import read_lines, written_whole
+from ..files import read_lines, write_json, write_json_lines
 from ..loading import find_adapter, load_model, load_scoring_tokenizer
 from ..percontrast import PerContrast
 from ..persona import PersonaError
@@ -162,10 +162,8 @@ class Evaluation:
             | {name: _plain(own[index]) for name, own in values.items()}
             for index, row in enumerate(self.rows)
         ]
-        with written_whole(self.folder / "metrics.jsonl") as part:
-            part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        with written_whole(self.folder / "metrics.json") as part:
-            part.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json_lines(self.folder / "metrics.jsonl", lines)
+        write_json(self.folder / "metrics.json", result)
         write_report(result, predictions, self.folder / "report.md")
         return result
 

@@ -19,7 +19,6 @@ whole number. The wording is ours. G-Eval's weighting by token probabilities is 
 the same figure with any endpoint.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from ..endpoint import Endpoint
-from ..files import written_whole
+from ..files import write_json_lines
 from ..ratings import mean_of_known, parse_rating, to_percent
 
 
@@ -191,16 +190,16 @@ class Judgements:
             path (`str` or `Path`): Where to.
             predictions (`list[dict[str, Any]]`): Those that were judged.
         """
-        with written_whole(path) as part, open(part, "w", encoding="utf-8") as file:
-            for index, prediction in enumerate(predictions):
-                scores = {name: float(values[index]) for name, values in self.scores.items()}
-                line = {
-                    "row": prediction["row"],
-                    "id": prediction.get("id"),
-                    "scores": {name: None if np.isnan(score) else score for name, score in scores.items()},
-                    "replies": {name: replies[index] for name, replies in self.replies.items()},
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        write_json_lines(path, map(self._line, range(len(predictions)), predictions))
+
+    def _line(self, index: int, prediction: dict[str, Any]) -> dict[str, Any]:
+        scores = {name: float(values[index]) for name, values in self.scores.items()}
+        return {
+            "row": prediction["row"],
+            "id": prediction.get("id"),
+            "scores": {name: None if np.isnan(score) else score for name, score in scores.items()},
+            "replies": {name: replies[index] for name, replies in self.replies.items()},
+        }
 
 
 def judge_predictions(

@@ -15,7 +15,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..files import written_whole
+from ..files import write_text
 from ..markdown import code, escape, table
 
 
@@ -85,8 +85,7 @@ def write_report(result: dict[str, Any], predictions: list[dict[str, Any]], path
         parts.append(f"Row {line['row']}:")
         names = ("persona", "query", "prediction", "reference")
         parts.append("\n".join(f"- {name}: {escape(_shortened(line[name]))}" for name in names))
-    with written_whole(path) as part:
-        part.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text(path, "\n\n".join(parts) + "\n")
 
 
 def _cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.statistics import bootstrap_interval, mean_over_seeds
-from ..files import read_lines, written_whole
+from ..files import read_lines, write_text
 from ..markdown import table
 from .settings import Cell
 from .steps import Steps
@@ -145,8 +145,7 @@ def write_comparisons(comparisons: list[dict[str, Any]], folder: str | Path, bas
         )
     paths = [folder / "comparisons.md", folder / "comparisons.json"]
     for path, text in zip(paths, ("\n\n".join(parts), json.dumps(comparisons, indent=1)), strict=True):
-        with written_whole(path) as part:
-            part.write_text(text + "\n", encoding="utf-8")
+        write_text(path, text + "\n")
     return paths
 
 

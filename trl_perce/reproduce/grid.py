@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..files import differences, written_whole
+from ..files import differences, write_json
 
 
 @dataclass
@@ -81,8 +81,7 @@ class Step:
         self.result = self.run()
         self.seconds = round(time.time() - started, 1)
         content = {"settings": self.settings, "result": self.result, "seconds": self.seconds}
-        with written_whole(self.path) as part:
-            part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(self.path, content)
         self.state = "done"
 
 

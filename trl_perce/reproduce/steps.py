@@ -32,7 +32,7 @@ from typing import Any
 
 import yaml
 
-from ..files import read_lines, written_whole
+from ..files import read_lines, write_json_lines, write_text
 from ..history import to_examples
 from ..retrieval import Retriever
 from .grid import Step
@@ -122,8 +122,7 @@ class Steps:
             retriever = Retriever(**task.retrieval, cache_dir=self.folder / "cache" / "retrieval")
             rows = to_examples(rows, retriever(rows))
         path = self._data_path(task) / f"{split}.jsonl"
-        with written_whole(path) as part:
-            part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        write_json_lines(path, rows)
         return {"rows": len(rows), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
     def _data_path(self, task: Task) -> Path:
@@ -293,8 +292,7 @@ def _run_command(
     Raises:
         `RuntimeError`: The command has not ended well; the message has the end of its log.
     """
-    with written_whole(path.with_suffix(".yaml")) as part:
-        part.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    write_text(path.with_suffix(".yaml"), yaml.safe_dump(config, sort_keys=False))
     log_path = path.with_suffix(".log")
     with _output_to(log_path):
         try:

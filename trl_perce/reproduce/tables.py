@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import written_whole
+from ..files import write_text
 from ..markdown import table
 from .layout import Part, make_tables
 from .number import Number, Quoted
@@ -100,8 +100,7 @@ def write_tables(
         ("tables.json", json.dumps(_as_json(made, plots, settings), ensure_ascii=True, allow_nan=False, indent=2) + "\n"),
         ("tables.md", _as_markdown(made, plots)),
     ):  # fmt: skip
-        with written_whole(folder / name) as part:
-            part.write_text(text, encoding="utf-8", newline="\n")
+        write_text(folder / name, text)
     return [folder / "tables.md", folder / "tables.json", *(path for paths in plots.values() for path in paths)]
 
 
