@@ -66,6 +66,31 @@ def test_checkpoints_save_and_load_the_optimizer_on_every_process():
     )
 
 
+def test_the_state_of_the_trainer_is_the_last_file_of_a_checkpoint():
+    # checkpoints.py takes a checkpoint that has one for whole, and trainer.py `_save_rng_state` lets it wait for all processes
+    text = source(Trainer._save_checkpoint)
+    order = ["self.save_model(", "self._save_optimizer_and_scheduler(", "self._save_scaler(", "self._save_rng_state("]
+    order += ["self.state.save_to_json(", "rotate_checkpoints("]
+    places = [text.index(seam) for seam in order]
+    assert places == sorted(places), transformers_hint("the order of _save_checkpoint")
+    assert "if not self.args.save_only_model:" in text[: places[1]], transformers_hint("_save_checkpoint")
+
+
+def test_the_norm_of_the_gradient_is_asked_for_before_each_step():
+    # trainer.py `_get_grad_norm` leaves a step out
+    assert list(inspect.signature(Trainer._get_grad_norm).parameters) == ["self", "model", "grad_norm"], (
+        transformers_hint("the signature of _get_grad_norm")
+    )
+    text = source(Trainer._run_epoch)
+    norm, step = (
+        text.index("grad_norm = self._get_grad_norm(model, grad_norm=grad_norm)"),
+        text.index("optimizer.step()"),
+    )
+    assert text.index("self.training_step(") < norm < step, transformers_hint("_run_epoch")
+    # Outside of any condition but that of the last micro-batch: also without clipping
+    assert "if do_sync_step:\n                    grad_norm = None" in text, transformers_hint("_run_epoch")
+
+
 def test_the_fused_head_asks_one_function_whether_to_score_every_position():
     # fused_head.py replaces it
     assert source(utils).count("_use_triton") == 2, hint("the uses of `_use_triton` (its import and `compact`)")

@@ -81,6 +81,15 @@ class PerCEConfig(SFTConfig):
             Whether a row longer than `max_length` loses persona tokens, from the end of the persona. If `False`, TRL's
             truncation applies, which cuts the end of the row, and so the response, first.
 
+        > Parameters that control what happens when numbers break
+
+        on_nonfinite (`str`, *optional*, defaults to `"stop"`):
+            What to do before an optimizer step from values that are NaN or infinite: log-probabilities or PIR of trained tokens,
+            or the gradient. The message names the rows. Possible values are:
+
+            - `"stop"`: raise a `FloatingPointError`.
+            - `"skip"`: leave the step out, up to ten in a row. Not with DeepSpeed, whose engine steps by itself.
+
     Raises:
         `ValueError`: A value is out of its range; the message says which and what to write instead.
     """
@@ -143,10 +152,18 @@ class PerCEConfig(SFTConfig):
             "False, TRL's truncation applies, which cuts the response first."
         },
     )
+    on_nonfinite: str = field(
+        default="stop",
+        metadata={
+            "help": "What to do before an optimizer step from values that are NaN or infinite: 'stop' with an error that names "
+            "the rows, or 'skip' the step.",
+            "choices": ["stop", "skip"],
+        },
+    )
 
     def __post_init__(self):
         # Before `super().__post_init__`, which sets up the device and the process group.
-        for name in ("token_weighting", "weight_normalization", "counterfactual"):
+        for name in ("token_weighting", "weight_normalization", "counterfactual", "on_nonfinite"):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}. Write one of {', '.join(map(repr, choices))}.")
@@ -176,6 +193,10 @@ class PerCEConfig(SFTConfig):
                 "empty and of which none contains the other."
             )
         super().__post_init__()
+
+    def __getstate__(self):
+        # `Trainer` pickles its arguments into `training_args.bin`, which goes to the Hub: the token does not
+        return self.__dict__ | {"hub_token": None}
 
 
 @dataclass

@@ -15,9 +15,11 @@ from collections import defaultdict
 
 import torch
 from accelerate.logging import get_logger
+from safetensors import SafetensorError
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
+from .checkpoints import CheckpointError, find_damage, last_whole_checkpoint
 from .checks import (
     chat_template,
     check_4bit_weights_trainable,
@@ -30,6 +32,7 @@ from .collator import DataCollatorForPerCE
 from .config import PerCEConfig, copy_config
 from .dataset import check_rendering, count_personas, mark_dataset, pack_dataset_with_mask, tokenize_with_mask
 from .estep import EStep
+from .finite_check import FiniteCheck
 from .fused_head import labelled_positions_only
 from .log_prob_store import LogProbStore
 from .weighting import entropy_weights, loss_weights, normalize_weights, perce_weights, personal_influence_ratio
@@ -102,12 +105,15 @@ class PerCETrainer(SFTTrainer):
         `PersonaError`: The persona cannot be told from a row, or no row of `train_dataset` has one. Raised before the
             model loads wherever the rows themselves show it.
         `ValueError`: Arguments that cannot go together.
+        `FloatingPointError`: In training, with `on_nonfinite="stop"`: a log-probability, a PIR or the gradient is NaN or infinite.
+        `CheckpointError`: In training: a checkpoint could not be written (a full disk). Those before are as they were.
 
     Metrics, in every log line, over all processes and micro-batches since the last one: `pir/mean` (nats) and
     `pir/personal_fraction` (share with PIR > 1) over the tokens that the counterfactual pass scores; `weight/mean`,
     `weight/at_min` and `weight/at_max` (shares at the clipping bounds) over all trained tokens, before
     `weight_normalization`; `counterfactual/token_ratio`, the tokens of the counterfactual pass over those of the factual
-    one; `nll`, the unweighted loss in nats a token, which compares across weightings.
+    one; `nll`, the unweighted loss in nats a token, which compares across weightings. With `on_nonfinite="skip"` also
+    `skipped_steps`, how many were left out so far.
     """
 
     _tag_names = ["trl", "perce"]
@@ -168,6 +174,10 @@ class PerCETrainer(SFTTrainer):
             model, args, data_collator, train_dataset, eval_dataset, processing_class, *positional, **kwargs
         )
         self._marked_ahead = False
+        if self.is_deepspeed_enabled and args.on_nonfinite == "skip":
+            raise ValueError(
+                "`on_nonfinite='skip'` does not go with DeepSpeed, whose engine steps by itself. Set it to 'stop'."
+            )
         parallelism = self.accelerator.parallelism_config
         if args.token_weighting != "uniform" and parallelism is not None:
             if parallelism.cp_enabled or parallelism.sp_enabled:
@@ -186,6 +196,7 @@ class PerCETrainer(SFTTrainer):
             hidden_size = self.model.config.get_text_config().hidden_size
             self._e_step = EStep(self.accelerator, self.data_collator, hidden_size, args.counterfactual_batch_tokens)
         self._log_prob_store = None
+        self._finite_check = FiniteCheck(self.accelerator, args.on_nonfinite, self.train_dataset)
         # Sums over trained tokens, one tensor a micro-batch; their ratios are logged
         self._token_sums = defaultdict(list)
 
@@ -215,13 +226,22 @@ class PerCETrainer(SFTTrainer):
         if "persona_mask" not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, "persona_mask"]
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if isinstance(resume_from_checkpoint, str) and (damage := find_damage(resume_from_checkpoint)):
+            raise ValueError(f"`resume_from_checkpoint`: {resume_from_checkpoint} is not whole: {damage}.")
+        if resume_from_checkpoint is True:
+            whole, damages = last_whole_checkpoint(self.args.output_dir)
+            for damage in damages:
+                logger.warning(f"{damage}: it is passed over.")
+            # `True` where there is none: `Trainer` says so
+            resume_from_checkpoint = whole or True
         if self.args.token_weighting == "perce" and self.args.counterfactual_refresh_epochs > 1:
             self._log_prob_store = self._e_step.store = LogProbStore(self.args.counterfactual_refresh_epochs)
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._finite_check.start(batches)
         if self.args.token_weighting == "perce" and batches:
             # E-step, with the parameters and in the mode of the M-step
             self.model_wrapped.train()
@@ -267,6 +287,11 @@ class PerCETrainer(SFTTrainer):
             weights[paired] = perce_weights(pir, *bounds)
 
         mode = "train" if self.model.training else "eval"
+        if mode == "train":
+            bad = ~torch.isfinite(log_probs)
+            if len(pir):
+                bad[paired] |= ~torch.isfinite(pir)
+            self._finite_check.note(torch.zeros_like(scored).masked_scatter(scored, bad))
         factual_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         sums = [
             *(log_probs.numel(), -log_probs.sum(), weights.sum()),
@@ -283,6 +308,27 @@ class PerCETrainer(SFTTrainer):
                 rows = _like(scored, inputs["seq_idx"])
             weights = normalize_weights(weights, rows[scored].long(), int(rows.max()) + 1)
         return torch.zeros_like(outputs.log_probs).masked_scatter(scored, weights.to(log_probs.dtype))
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if not self._finite_check.is_good(self.state.global_step + 1, grad_norm):
+            self.optimizer.zero_grad()  # to `None`, which optimizers pass over
+        return grad_norm
+
+    def _save_checkpoint(self, model, trial):
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # which one a full disk raises depends on who writes
+            whole = last_whole_checkpoint(self.args.output_dir)[0]
+            raise CheckpointError(
+                f"The checkpoint of step {self.state.global_step} could not be written: {error} "
+                + (f"The last whole one is {whole}." if whole else "There is no whole one yet.")
+            ) from error
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # `trainer_state.json` comes next and tells that the checkpoint is whole: those of all processes are there
+        self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
@@ -315,6 +361,8 @@ class PerCETrainer(SFTTrainer):
                 metrics["pir/personal_fraction"] = [personal / paired]
             if self.args.token_weighting == "perce":
                 metrics["counterfactual/token_ratio"] = [ours / theirs]
+        if mode == "train" and self.args.on_nonfinite == "skip":
+            self._metrics[mode]["skipped_steps"] = [self._finite_check.skipped_steps]
         super().log(logs, start_time)
 
 

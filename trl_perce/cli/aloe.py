@@ -25,7 +25,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .common import MODEL_SETTINGS, check_config_keys, check_rest, disable_progress_bars, model_init_kwargs
+from .common import (
+    MODEL_SETTINGS,
+    check_config_keys,
+    check_rest,
+    check_writable,
+    disable_progress_bars,
+    model_init_kwargs,
+)
 
 
 HELP = "Let a model talk with simulated users and have a judge rate how well it suits them (ALOE)"
@@ -205,6 +212,7 @@ class AloeRun:
         for key in _POSITIVE:
             if getattr(args, key) < 1:
                 raise ValueError(f"`{key}` is {getattr(args, key)}. Write 1 or more.")
+        check_writable(args.output_dir)
         if args.model_base_url and (args.adapter or args.chat_template_kwargs):
             raise ValueError(
                 "`adapter` and `chat_template_kwargs` are for a model that is loaded here, and `model_base_url` says that it is "

@@ -13,8 +13,13 @@
 """What the commands share: the data that is loaded, and arguments that are checked before it."""
 
 import difflib
+import errno
 import os
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,63 @@ MODEL_SETTINGS = [
     *("model_revision", "dtype", "attn_implementation", "load_in_4bit", "load_in_8bit"),
     *("bnb_4bit_quant_type", "use_bnb_nested_quant"),
 ]
+# A disk that takes no more: full, over the quota, a file too large, read-only, not ours
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which then unwinds as Ctrl-C does."""
+
+
+@contextmanager
+def explain_stops(program: str, next_step: Callable[[], str]) -> Iterator[None]:
+    """
+    Around the work of a command: Ctrl-C, SIGTERM and a disk that takes no more end it with a line and not with a traceback.
+
+    Args:
+        program (`str`): Begins the line, as in "trl-perce score".
+        next_step (`Callable[[], str]`): Gives its end: what is kept, and how to go on.
+
+    Raises:
+        `SystemExit`: With 130 (Ctrl-C), 143 (SIGTERM) or 1 (disk).
+    """
+
+    def terminate(signum, frame):
+        raise Terminated
+
+    is_main = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    before = signal.signal(signal.SIGTERM, terminate) if is_main else None
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        what, code = ("SIGTERM", 143) if isinstance(stop, Terminated) else ("Ctrl-C", 130)
+        if os.environ.get("RANK", "0") == "0":  # else every process of a run would say so
+            print(f"\n{program}: stopped by {what}. {next_step()}", file=sys.stderr)
+        raise SystemExit(code) from None
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        print(f"{program}: error: {error}. {next_step()}", file=sys.stderr)
+        raise SystemExit(1) from error
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def check_writable(folder: str | Path) -> None:
+    """
+    Raise if nothing can be written to `output_dir`. Makes nothing.
+
+    Raises:
+        `OSError`: It, or what would hold it, is no folder or is read-only.
+    """
+    existing = Path(folder).expanduser().absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise NotADirectoryError(f"`output_dir` is {str(folder)!r}, but {existing} is a file.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"`output_dir` is {str(folder)!r}, but {existing} may not be written to.")
 
 
 def load_data(script_args, dataset_args):

@@ -25,6 +25,7 @@ from .common import (
     check_config_keys,
     check_rest,
     check_script_args,
+    check_writable,
     disable_progress_bars,
     load_split,
     model_init_kwargs,
@@ -85,6 +86,7 @@ def run(argv: list[str]) -> int:
         check_script_args(script_args, model_args, dataset_args)
         if not any(arg.split("=")[0].replace("-", "_") == "__output_dir" for arg in argv):
             args.output_dir = f"{args.output_dir.rstrip('/')}-evaluation"  # a recipe's is that of the training
+        check_writable(args.output_dir)
         evaluation = _make_evaluation(script_args, options, args, model_args, dataset_args)
     except (ValueError, TypeError, OSError, ImportError) as error:  # `OSError`: there is no such file, or model
         parser.exit(2, f"trl-perce evaluate: error: {error}\n")

@@ -14,6 +14,7 @@ import argparse
 import sys
 
 from . import aloe, evaluate, reproduce, score, train
+from .common import explain_stops
 
 
 # One module a command, with `HELP` and `run(argv)`
@@ -38,7 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     for name, command in COMMANDS.items():
         subparsers.add_parser(name, help=command.HELP, add_help=False)
     command = parser.parse_args(argv[:1]).command
-    return COMMANDS[command].run(argv[1:])
+    if command == "train":  # which may do its work in other processes
+        return train.run(argv[1:])
+    with explain_stops(f"trl-perce {command}", lambda: "What is done is kept: the same command goes on from there."):
+        return COMMANDS[command].run(argv[1:])
 
 
 if __name__ == "__main__":

@@ -91,12 +91,13 @@ def _make_console():
 def _read(args: argparse.Namespace):
     """The grid's steps; those that are done have their results. All that is wrong with the file is found here."""
     from trl_perce.cli import evaluate, train
-    from trl_perce.cli.common import check_known
+    from trl_perce.cli.common import check_known, check_writable
     from trl_perce.reproduce.settings import load_settings
     from trl_perce.reproduce.steps import Steps
 
     changes = {"output_dir": args.output_dir} if args.output_dir else {}
     settings = load_settings(args.config, **changes)
+    check_writable(settings.output_dir)
     steps = Steps(settings)
     parser = train.make_parser()
     for step in steps.train.values():

@@ -26,6 +26,7 @@ from .common import (
     check_config_keys,
     check_rest,
     check_script_args,
+    check_writable,
     disable_progress_bars,
     load_split,
     model_init_kwargs,
@@ -105,6 +106,7 @@ def run(argv: list[str]) -> int:
         check_script_args(script_args, model_args, dataset_args)
         if not any(arg.split("=")[0].replace("-", "_") == "__output_dir" for arg in argv):
             args.output_dir = f"{args.output_dir.rstrip('/')}-scores"  # a recipe's is that of the training
+        check_writable(args.output_dir)
         run = ScoreRun(script_args, args, model_args, dataset_args)
     except (ValueError, TypeError, OSError) as error:  # `OSError`: there is no such file, or model
         parser.exit(2, f"trl-perce score: error: {error}\n")

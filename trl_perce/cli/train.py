@@ -19,13 +19,14 @@
 import os
 import sys
 import time
-from pathlib import Path
 
 from .common import (
     check_config_keys,
     check_rest,
     check_script_args,
+    check_writable,
     disable_progress_bars,
+    explain_stops,
     load_data,
     model_init_kwargs,
 )
@@ -71,16 +72,25 @@ def run(argv: list[str]) -> int:
         launch_args = resolve_accelerate_config_argument(of_config + of_command_line)
         check_rest(parser, launch_args)
         check_script_args(script_args, model_args, dataset_args)
-    except (ValueError, TypeError, FileNotFoundError) as error:
+        check_writable(training_args.output_dir)
+    except (ValueError, TypeError, OSError) as error:
         parser.exit(2, f"trl-perce train: error: {error}\n")
 
     if "LOCAL_RANK" in os.environ or (not launch_args and _is_one_process()):
         return _main_exit_code(script_args, training_args, model_args, dataset_args)
 
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
 
     training_argv = _subtract_subsequence(argv, of_command_line)
-    launch_command(launch_command_parser().parse_args(["--quiet", *launch_args, "--module", _MODULE, *training_argv]))
+    try:
+        launch_command(
+            launch_command_parser().parse_args(["--quiet", *launch_args, "--module", _MODULE, *training_argv])
+        )
+    except KeyboardInterrupt:  # the processes have said what there is to say
+        return 130
+    except SignalException as stop:
+        return 128 + stop.sigval
     return 0
 
 
@@ -97,10 +107,10 @@ def main(script_args, training_args, model_args, dataset_args):
     Returns:
         [`PerCETrainer`]: The trainer, done and saved.
     """
-    from transformers.trainer_utils import get_last_checkpoint
     from trl import get_peft_config, get_quantization_config
 
     from trl_perce import PerCETrainer
+    from trl_perce.checkpoints import last_whole_checkpoint
 
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -127,9 +137,11 @@ def main(script_args, training_args, model_args, dataset_args):
 
     checkpoint = training_args.resume_from_checkpoint
     if str(checkpoint).lower() == "true":
-        checkpoint = get_last_checkpoint(training_args.output_dir) if Path(training_args.output_dir).is_dir() else None
+        checkpoint, damages = last_whole_checkpoint(training_args.output_dir)
         trainer.accelerator.print(
-            f"Resuming from {checkpoint}." if checkpoint else "No checkpoint yet: starting anew."
+            *(f"{damage}: it is passed over." for damage in damages),
+            f"Resuming from {checkpoint}." if checkpoint else "No checkpoint yet: starting anew.",
+            sep="\n",
         )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.accelerator.print("✅ Training completed.")
@@ -165,15 +177,30 @@ def _is_one_process() -> bool:
     return torch.accelerator.device_count() <= 1 and not os.path.isfile(default_config_file)
 
 
-def _main_exit_code(*args) -> int:
+def _main_exit_code(script_args, training_args, *args) -> int:
     from trl_perce import PersonaError
+    from trl_perce.checkpoints import CheckpointError
 
     try:
-        main(*args)
-    except PersonaError as error:  # the data's fault: a traceback would only hide the message
+        with explain_stops("trl-perce train", lambda: _where_to_go_on(training_args)):
+            main(script_args, training_args, *args)
+    # A traceback would only hide the message
+    except PersonaError as error:
         print(f"trl-perce train: error: {error}", file=sys.stderr)
         return 2
+    except (CheckpointError, FloatingPointError) as error:
+        print(f"trl-perce train: error: {error} {_where_to_go_on(training_args)}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _where_to_go_on(training_args) -> str:
+    from trl_perce.checkpoints import last_whole_checkpoint
+
+    checkpoint, _ = last_whole_checkpoint(training_args.output_dir)
+    if checkpoint is None:
+        return "There is no checkpoint to go on from (see `save_strategy` and `save_steps`)."
+    return f"With `--resume_from_checkpoint true` the same command goes on from {checkpoint}."
 
 
 if __name__ == "__main__":  # started by `accelerate launch`

@@ -1,0 +1,123 @@
+"""Ctrl-C, SIGTERM and a disk that takes no more: a line that says how to go on, and nothing lost."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT
+from processes import adapter_of, assert_same_adapter, recipe
+from trl_perce.cli.main import main
+
+
+ROWS = [
+    {
+        "persona": f"I am number {index} and I sew.",
+        "prompt": [{"role": "user", "content": "Me: {persona}\nWhat should I buy?"}],
+        "completion": [{"role": "assistant", "content": f"A new set of needles, number {index}."}],
+    }
+    for index in range(12)
+]
+
+
+@pytest.fixture
+def train_argv(tmp_path, tiny_model):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    values = {"model_name_or_path": tiny_model, "dataset_name": str(tmp_path / "data"), "num_train_epochs": 400}
+    values |= {"save_strategy": "steps", "save_steps": 5, "save_total_limit": 3, "resume_from_checkpoint": True}
+    return ["train", "--config", recipe(tmp_path / "config.yaml", **values), "--output_dir", str(tmp_path / "run")]
+
+
+def start(argv, **kwargs):
+    program = [sys.executable, "-m", "trl_perce", *argv]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(program, cwd=ROOT, env=env, text=True, start_new_session=True, **pipes, **kwargs)
+
+
+@pytest.mark.parametrize("number, code, name", [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
+def test_training_that_is_stopped_says_where_it_goes_on(tmp_path, train_argv, number, code, name):
+    process = start(train_argv)
+    for _ in range(1200):
+        if (tmp_path / "run" / "checkpoint-10" / "trainer_state.json").exists():
+            break
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith(
+        f"trl-perce train: stopped by {name}. With `--resume_from_checkpoint true` the same command"
+    )
+    checkpoint = last.removesuffix(".").split()[-1]
+    assert os.path.isfile(os.path.join(checkpoint, "trainer_state.json")) and "Traceback" not in errors
+
+
+def test_a_disk_that_is_full_at_a_checkpoint(tmp_path, train_argv):
+    argv = [*train_argv, "--num_train_epochs", "3", "--save_steps", "6", "--lr_scheduler_type", "constant"]
+    assert main([*argv, "--output_dir", str(tmp_path / "whole")]) == 0
+    assert main([*argv, "--max_steps", "6"]) == 0
+    largest = max(file.stat().st_size for file in (tmp_path / "run" / "checkpoint-6").iterdir())
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
+
+    process = start(argv, preexec_fn=limit)
+    _, errors = process.communicate(timeout=120)
+    last = errors.strip().splitlines()[-1]
+    assert process.returncode == 1, errors
+    assert last.startswith("trl-perce train: error: The checkpoint of step 12 could not be written")
+    assert last.endswith("checkpoint-6.") and "Traceback" not in errors
+    assert main(argv) == 0
+    assert_same_adapter(adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("command", ["train", "score", "evaluate", "aloe", "reproduce"])
+def test_a_folder_that_cannot_be_written_to_is_told_first(tmp_path, tiny_model, capsys, monkeypatch, command):
+    (tmp_path / "file").write_text("")
+    folder = str(tmp_path / "file" / "out")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    argv = ["--model_name_or_path", tiny_model, "--dataset_name", str(rows), "--output_dir", folder]
+    if command == "train":
+        argv += ["--use_cpu", "true", "--bf16", "false"]
+    if command == "aloe":
+        argv = ["--data_dir", "x", "--judge_base_url", "http://localhost", "--judge_model", "x", *argv[:2], *argv[4:]]
+    if command == "reproduce":
+        argv = ["--config", "recipes/reproduce/local.yaml", *argv[4:]]
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        main([command, *argv])
+    assert stopped.value.code == 2
+    assert f"{tmp_path / 'file'} is a file" in capsys.readouterr().err
+
+
+def test_scoring_that_meets_a_full_disk_keeps_what_it_has(tmp_path, tiny_model):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    argv = ["score", "--model_name_or_path", tiny_model, "--dataset_name", str(rows), "--score_batch_tokens", "64"]
+    assert main([*argv, "--output_dir", str(tmp_path / "whole")]) == 0
+    size = (tmp_path / "whole" / "scores.jsonl").stat().st_size
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    argv += ["--output_dir", str(tmp_path / "out")]
+    process = start(argv, preexec_fn=limit)
+    _, errors = process.communicate(timeout=120)
+    last = errors.strip().splitlines()[-1]
+    assert process.returncode == 1, errors
+    assert "trl-perce score: error: " in last and last.endswith("the same command goes on from there.")
+    assert main(argv) == 0
+    names = ("scores.jsonl", "report.json", "report.md")
+    files = [[(tmp_path / folder / name).read_text() for name in names[:1]] for folder in ("whole", "out")]
+    assert files[0] == files[1]
