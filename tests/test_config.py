@@ -1,9 +1,11 @@
 import dataclasses
 
 import pytest
+import torch
 from trl import SFTConfig
 
 from trl_perce import PerCEConfig
+from trl_perce.config import copy_config
 
 
 def test_every_new_field_has_help_and_the_defaults_are_the_papers():
@@ -20,6 +22,7 @@ def test_every_new_field_has_help_and_the_defaults_are_the_papers():
         "persona_start_marker": "<persona>",
         "persona_end_marker": "</persona>",
         "truncate_persona": True,
+        "on_nonfinite": "stop",
     }
     assert all(field.metadata["help"] for field in new.values())
     assert all(f"        {name} (" in PerCEConfig.__doc__ for name in new)
@@ -49,3 +52,13 @@ def test_inherited_defaults_are_not_touched():
 def test_values_out_of_range(values, message):
     with pytest.raises(ValueError, match=message):
         PerCEConfig("out", **values)
+
+
+def test_the_token_is_not_pickled(tmp_path):
+    """`training_args.bin` goes to the Hub with the adapter."""
+    args = PerCEConfig(str(tmp_path), use_cpu=True, bf16=False, hub_token="hf_secret")
+    torch.save(args, tmp_path / "training_args.bin")
+    assert b"hf_secret" not in (tmp_path / "training_args.bin").read_bytes() and args.hub_token == "hf_secret"
+    kept = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert kept.hub_token is None and kept.weight_clip_max == args.weight_clip_max
+    assert copy_config(args).hub_token == "hf_secret"
