@@ -76,6 +76,21 @@ def test_the_state_of_the_trainer_is_the_last_file_of_a_checkpoint():
     assert "if not self.args.save_only_model:" in text[: places[1]], transformers_hint("_save_checkpoint")
 
 
+def test_what_is_uploaded():
+    # hub.py `upload_again` goes on with what `push_to_hub` began
+    text = source(Trainer.push_to_hub)
+    for seam in (
+        'ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]',
+        "folder_path=self.args.output_dir",
+        "repo_id=self.hub_model_id",
+        "revision = self.args.hub_revision",
+    ):
+        assert seam in text, transformers_hint(f"push_to_hub: {seam}")
+    text = source(Trainer._push_from_checkpoint)
+    assert "self.push_in_progress = PushInProgress(push_jobs)" in text, transformers_hint("_push_from_checkpoint")
+    assert "run_as_future=True" in text, transformers_hint("_push_from_checkpoint")
+
+
 def test_the_norm_of_the_gradient_is_asked_for_before_each_step():
     # trainer.py `_get_grad_norm` leaves a step out
     assert list(inspect.signature(Trainer._get_grad_norm).parameters) == ["self", "model", "grad_norm"], (

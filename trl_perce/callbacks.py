@@ -39,6 +39,9 @@ class PerContrastCallback(TrainerCallback):
       share of personal tokens and its personal words.
     - Each checkpoint's folder gets a heatmap, `percontrast.html`.
 
+    Personas and responses do not go to the Hub: with `push_to_hub` heatmaps are written to `_percontrast` in the `output_dir`, which
+    is not uploaded, and TensorBoard, whose files are, gets no table.
+
     Training goes on as it would without it. With several processes, each scores the same rows, and the first writes.
 
     Example:
@@ -83,7 +86,9 @@ class PerContrastCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self._score(state.global_step)
-        folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        path = os.path.join(args.output_dir, f"checkpoint-{state.global_step}", "percontrast.html")
+        if args.push_to_hub:
+            path = os.path.join(args.output_dir, "_percontrast", f"step-{state.global_step}.html")
         if state.is_world_process_zero:
             settings = {
                 "model": self.trainer.model.config.name_or_path,
@@ -91,7 +96,7 @@ class PerContrastCallback(TrainerCallback):
                 "dataset": f"rows of the evaluation at step {state.global_step}",
                 **{name: getattr(args, name) for name in ("counterfactual", "weight_clip_min", "weight_clip_max")},
             }
-            write_html(self._scores, os.path.join(folder, "percontrast.html"), settings)
+            write_html(self._scores, path, settings)
 
     def _score(self, step: int) -> None:
         """Score and log, once a step."""
@@ -125,7 +130,7 @@ class PerContrastCallback(TrainerCallback):
             import trackio
 
             trackio.log({"percontrast": trackio.Table(dataframe=table)})
-        if "tensorboard" in report_to:
+        if "tensorboard" in report_to and not trainer.args.push_to_hub:
             (writer,) = (
                 callback.tb_writer
                 for callback in trainer.callback_handler.callbacks

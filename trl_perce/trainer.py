@@ -12,6 +12,7 @@
 
 import dataclasses
 from collections import defaultdict
+from weakref import WeakSet
 
 import torch
 from accelerate.logging import get_logger
@@ -34,7 +35,9 @@ from .dataset import check_rendering, count_personas, mark_dataset, pack_dataset
 from .estep import EStep
 from .finite_check import FiniteCheck
 from .fused_head import labelled_positions_only
+from .hub import UPLOAD_ERRORS, make_repo, upload_again, warn_if_failed
 from .log_prob_store import LogProbStore
+from .model_card import write_model_card
 from .weighting import entropy_weights, loss_weights, normalize_weights, perce_weights, personal_influence_ratio
 
 
@@ -106,6 +109,7 @@ class PerCETrainer(SFTTrainer):
             model loads wherever the rows themselves show it.
         `ValueError`: Arguments that cannot go together.
         `FloatingPointError`: In training, with `on_nonfinite="stop"`: a log-probability, a PIR or the gradient is NaN or infinite.
+        `UploadError`: With `push_to_hub`: the repository cannot be made, before the model loads; an upload failed after several tries.
         `CheckpointError`: In training: a checkpoint could not be written (a full disk). Those before are as they were.
 
     Metrics, in every log line, over all processes and micro-batches since the last one: `pir/mean` (nats) and
@@ -147,6 +151,8 @@ class PerCETrainer(SFTTrainer):
         if not isinstance(args, PerCEConfig):
             raise TypeError(f"`args` must be a `PerCEConfig`, got a `{type(args).__name__}`.")
         check_arguments(args, data_collator, kwargs)
+        if args.push_to_hub and args.process_index == 0:
+            make_repo(args)
 
         # Before the model loads: find the personas, and try the chat template on one of them.
         if is_prepared_by_trl(train_dataset, args):
@@ -197,6 +203,7 @@ class PerCETrainer(SFTTrainer):
             self._e_step = EStep(self.accelerator, self.data_collator, hidden_size, args.counterfactual_batch_tokens)
         self._log_prob_store = None
         self._finite_check = FiniteCheck(self.accelerator, args.on_nonfinite, self.train_dataset)
+        self._uploads = WeakSet()  # in the background
         # Sums over trained tokens, one tensor a micro-batch; their ratios are logged
         self._token_sums = defaultdict(list)
 
@@ -340,6 +347,29 @@ class PerCETrainer(SFTTrainer):
         if self._log_prob_store is not None and checkpoint is not None:
             rows = self._log_prob_store.load(checkpoint)
             logger.info(f"{checkpoint} holds the counterfactual log-probabilities of {rows} rows.")
+
+    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
+        args = self.args
+        try:
+            return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
+        except UPLOAD_ERRORS as error:
+            if self.hub_model_id is None:  # there is no repository yet
+                raise
+            # Only the upload again: saving is done, and would want all processes
+            return upload_again(error, self.hub_model_id, args, commit_message, token, revision)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        super()._push_from_checkpoint(checkpoint_folder)
+        jobs = self.push_in_progress.jobs if self.is_world_process_zero() and self.push_in_progress else []
+        for job in jobs:
+            if job not in self._uploads:
+                self._uploads.add(job)
+                job.add_done_callback(lambda job: warn_if_failed(job, self.hub_model_id, self.args))
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero():
+            write_model_card(self, model_name, dataset_name)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"

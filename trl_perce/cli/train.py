@@ -107,6 +107,7 @@ def main(script_args, training_args, model_args, dataset_args):
     Returns:
         [`PerCETrainer`]: The trainer, done and saved.
     """
+    from huggingface_hub.constants import ENDPOINT
     from trl import get_peft_config, get_quantization_config
 
     from trl_perce import PerCETrainer
@@ -151,7 +152,7 @@ def main(script_args, training_args, model_args, dataset_args):
     trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
+        trainer.accelerator.print(f"🤗 Model pushed to the Hub in {ENDPOINT}/{trainer.hub_model_id}.")
     end(trainer)
     return trainer
 
@@ -180,6 +181,7 @@ def _is_one_process() -> bool:
 def _main_exit_code(script_args, training_args, *args) -> int:
     from trl_perce import PersonaError
     from trl_perce.checkpoints import CheckpointError
+    from trl_perce.hub import UploadError
 
     try:
         with explain_stops("trl-perce train", lambda: _where_to_go_on(training_args)):
@@ -188,6 +190,9 @@ def _main_exit_code(script_args, training_args, *args) -> int:
     except PersonaError as error:
         print(f"trl-perce train: error: {error}", file=sys.stderr)
         return 2
+    except UploadError as error:
+        print(f"trl-perce train: error: {error}", file=sys.stderr)
+        return 1
     except (CheckpointError, FloatingPointError) as error:
         print(f"trl-perce train: error: {error} {_where_to_go_on(training_args)}", file=sys.stderr)
         return 1
