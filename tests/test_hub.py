@@ -7,12 +7,15 @@ import subprocess
 import sys
 
 import pytest
+from datasets import Dataset
 from huggingface_hub import ModelCard
+from peft import LoraConfig
 from transformers.utils.hub import hf_api
 
-from conftest import ROOT
+from conftest import ROOT, make_tiny_model
 from hub_server import GOOD, READ_ONLY
 from processes import recipe
+from trl_perce import PerCETrainer, PerContrastCallback
 from trl_perce.cli.main import main
 from trl_perce.hub import UploadError, make_repo, upload_again
 
@@ -171,6 +174,22 @@ def test_an_upload_is_tried_again(online, make_args, tmp_path, caplog, times, tr
         assert {*online.repos["tester/adapter"]} == {"adapter_model.safetensors", "README.md"}
     assert sum("/commit/" in path for _, path in online.requests) == tries - 1
     assert caplog.text.count("Trying again") == tries - 1 and GOOD not in caplog.text
+
+
+def test_what_the_callback_shows_stays_here(online, make_args, tokenizer, tmp_path):
+    options = {"push_to_hub": True, "hub_strategy": "all_checkpoints", "save_strategy": "steps", "save_steps": 3}
+    args = make_args(output_dir=str(tmp_path / "adapter"), report_to="tensorboard", hub_always_push=True, **options)
+    rows = Dataset.from_list(ROWS)
+    lora = LoraConfig(r=4, target_modules="all-linear")
+    model = make_tiny_model("llama")
+    trainer = PerCETrainer(model, args, None, rows, rows, tokenizer, peft_config=lora)
+    trainer.add_callback(PerContrastCallback(trainer, num_rows=2))
+    trainer.train()
+    trainer.push_to_hub()
+    files = online.repos["tester/adapter"]
+    assert any(name.startswith("runs/") for name in files) and "checkpoint-3/optimizer.pt" in files
+    assert not any(b"Zarquon" in data or b"needles, number" in data for data in files.values())
+    assert "Zarquon" in (tmp_path / "adapter" / "_percontrast" / "step-3.html").read_text(encoding="utf-8")
 
 
 def test_an_upload_in_the_background_that_fails_is_told(online, train_argv, capfd, caplog):

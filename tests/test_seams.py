@@ -76,6 +76,17 @@ def test_the_state_of_the_trainer_is_the_last_file_of_a_checkpoint():
     assert "if not self.args.save_only_model:" in text[: places[1]], transformers_hint("_save_checkpoint")
 
 
+def test_telemetry_is_one_method():
+    # trainer.py makes it do nothing
+    for cls in SFTTrainer.__mro__[:-1]:
+        for name, member in vars(cls).items():
+            if inspect.isfunction(member) and "send_telemetry(" in source(member):
+                assert name == "_send_telemetry" or "self._send_telemetry()" in source(member), hint(
+                    "who sends telemetry"
+                )
+    assert "_send_telemetry" in dir(SFTTrainer), hint("_send_telemetry")
+
+
 def test_what_is_uploaded():
     # hub.py `upload_again` goes on with what `push_to_hub` began
     text = source(Trainer.push_to_hub)

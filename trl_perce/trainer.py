@@ -348,6 +348,9 @@ class PerCETrainer(SFTTrainer):
             rows = self._log_prob_store.load(checkpoint)
             logger.info(f"{checkpoint} holds the counterfactual log-probabilities of {rows} rows.")
 
+    def _send_telemetry(self):
+        pass  # no request that nobody asked for
+
     def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
         args = self.args
         try:
