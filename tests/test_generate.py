@@ -163,6 +163,19 @@ def test_batched_greedy_is_that_of_each_row_alone(kind, tokenizer, arguments):
         assert all(line[key] == getattr(prompt, key) for key in own)
 
 
+@pytest.mark.parametrize("temperature", [0, 0.4])
+def test_logits_that_are_not_finite_stop_it(tokenizer, arguments, temperature):
+    model, rows = make_tiny_model("llama"), [dict(row) for row in ROWS]
+    rows[5]["persona"] += " Zq"
+    (*_, token) = tokenizer(" Zq", add_special_tokens=False)["input_ids"]
+    assert not any(token in tokenizer(row["persona"])["input_ids"] for row in ROWS)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = torch.nan
+    generator = TransformersGenerator(model, tokenizer, arguments(temperature=temperature))
+    with pytest.raises(FloatingPointError, match="^Row 5: the model's logits are NaN or infinite"):
+        texts(generator, rows)
+
+
 def test_small_batches_give_the_same(tokenizer, arguments):
     model = make_tiny_model("llama").eval()
     for kwargs in ({}, {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.8}):

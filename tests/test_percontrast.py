@@ -16,6 +16,7 @@ from reference import make_rows, reference, response_log_probs
 from trl_perce import PerCEConfig, PerCETrainer, PerContrast, PerContrastConfig, PersonaError, TokenScores
 from trl_perce.benchmarks.persona_qa import load_rows
 from trl_perce.loading import find_adapter, load_model
+from trl_perce.percontrast import NONFINITE
 from trl_perce.persona import describe, mark_persona, swap_persona, text_and_offsets
 from trl_perce.preparation import TOO_LONG, UNTRAINED, Preparation
 
@@ -446,3 +447,18 @@ def test_what_is_shown_of_a_row():
         }
     )
     assert describe(row, spans) == ("I sew.\n\nI run.\n\nI sing.", "… Buy? …!")
+
+
+def test_values_that_are_not_finite(tokenizer, caplog):
+    model = make_tiny_model("llama")
+    rows = [row.tokenized() for row in make_rows(seed=3, count=5, vocab=399, with_persona=1.0)]
+    good = PerContrast(model, tokenizer, use_cpu=True, bf16=False).score(rows)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[399] = torch.nan
+    rows[3]["input_ids"][rows[3]["persona_mask"].index(1)] = 399  # only with its persona
+    with pytest.raises(FloatingPointError, match="^Row 3: the model's log-probabilities are NaN or infinite"):
+        PerContrast(model, tokenizer, use_cpu=True, bf16=False).score(rows)
+    found = PerContrast(model, tokenizer, use_cpu=True, bf16=False, on_nonfinite="skip").score(rows)
+    assert found[3].skipped == NONFINITE and "Row 3 is left out" in caplog.text
+    for index in (0, 1, 2, 4):
+        np.testing.assert_allclose(found[index].pir, good[index].pir, atol=1e-5)

@@ -12,6 +12,7 @@
 
 """PerContrast: how much likelier each token of a response becomes when the persona is in the prompt."""
 
+import logging
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -36,6 +37,11 @@ from .persona import PersonaError, TokenBytes, persona_stretches, swap_persona, 
 from .preparation import UNTRAINED, Preparation, PreparedRows
 from .scores import TokenScores
 from .weighting import perce_weights, personal_influence_ratio
+
+
+logger = logging.getLogger(__name__)
+
+NONFINITE = "the model's log-probabilities are NaN or infinite"
 
 
 class PerContrast:
@@ -124,6 +130,7 @@ class PerContrast:
         Raises:
             `PersonaError`: A row's persona is unclear (the message names the row), or all are the same and `counterfactual="swap"`.
             `ValueError`: There is no row, or it holds images.
+            `FloatingPointError`: With `on_nonfinite="stop"`: a log-probability is NaN or infinite. The message names the row.
         """
         if isinstance(rows, dict):
             return self.score([rows])[0]
@@ -180,9 +187,21 @@ class PerContrast:
             counterfactual_log_probs = np.full_like(log_probs, np.nan)
             if without is not None:
                 counterfactual_log_probs[paired] = next(counterfactual)
+            if not (np.isfinite(log_probs).all() and np.isfinite(counterfactual_log_probs[paired]).all()):
+                yield self._nonfinite(row)
+                continue
             yield self._scores(
                 row, log_probs, counterfactual_log_probs, 0 if without is None else len(without["input_ids"])
             )
+
+    def _nonfinite(self, row: dict[str, Any]) -> TokenScores:
+        if self.args.on_nonfinite == "stop":
+            raise FloatingPointError(
+                f"Row {row['_row']}: {NONFINITE}. Look at what it holds, or score in bfloat16 or float32 instead of float16; "
+                "`on_nonfinite='skip'` leaves such rows out."
+            )
+        logger.warning(f"Row {row['_row']} is left out: {NONFINITE}.")
+        return TokenScores.left_out(row["_row"], NONFINITE, self.args.personal_threshold)
 
     def _passes(self, row: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray] | None, np.ndarray]:
         """

@@ -129,7 +129,7 @@ def _run(parser, evaluation) -> None:
         result = evaluation.run()
     except PersonaError as error:
         parser.exit(2, f"trl-perce evaluate: error: {error}\n")
-    except EndpointError as error:
+    except (EndpointError, FloatingPointError) as error:
         parser.exit(1, f"trl-perce evaluate: error: {error}\n")
     console = Console(highlight=False)
     print_result(result, console)

@@ -114,6 +114,8 @@ def run(argv: list[str]) -> int:
         run.score()
     except PersonaError as error:
         parser.exit(2, f"trl-perce score: error: {error}\n")
+    except FloatingPointError as error:
+        parser.exit(1, f"trl-perce score: error: {error}\n")
     run.show()
     return 0
 

@@ -188,7 +188,7 @@ class TransformersGenerator(_Generator):
         )
 
     def _samplers(self, prompts: list[Prompt], device: torch.device) -> LogitsProcessorList:
-        samplers = LogitsProcessorList()
+        samplers = LogitsProcessorList([_FiniteLogits([prompt.row for prompt in prompts])])
         if self.args.temperature:
             samplers.append(TemperatureLogitsWarper(float(self.args.temperature)))
             if self.args.top_p < 1:
@@ -271,6 +271,23 @@ class VLLMGenerator(_Generator):
             use_tqdm=False,
         )
         return [[*output.outputs[0].token_ids] for output in outputs]
+
+
+class _FiniteLogits(LogitsProcessor):
+    """Stops where a logit is NaN or positively infinite, from which any token could come."""
+
+    def __init__(self, rows: list[int]):
+        self._rows = rows
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        bad = (scores.isnan() | scores.isposinf()).any(-1)
+        if bad.any():
+            rows = ", ".join(str(row) for row, is_bad in zip(self._rows, bad.tolist(), strict=True) if is_bad)
+            raise FloatingPointError(
+                f"Row {rows}: the model's logits are NaN or infinite. Look at what it holds, or load the model in bfloat16 or "
+                "float32 instead of float16 (`dtype`)."
+            )
+        return scores
 
 
 class _RowSampler(LogitsProcessor):
