@@ -20,6 +20,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset, IterableDataset
@@ -35,6 +36,7 @@ from .estep import labelled_log_probs, split_into_chunks
 from .loading import find_adapter, load_model, load_scoring_tokenizer
 from .persona import PersonaError, TokenBytes, persona_stretches, swap_persona, text_and_offsets
 from .preparation import UNTRAINED, Preparation, PreparedRows
+from .rows import find_bad_row
 from .scores import TokenScores
 from .weighting import perce_weights, personal_influence_ratio
 
@@ -334,7 +336,10 @@ def _to_dataset(rows: Iterable[dict[str, Any]]) -> Dataset:
     rows = [*rows]
     # `Dataset.from_list` takes the columns of the first row alone
     columns = dict.fromkeys(column for row in rows for column in row)
-    return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
+    try:
+        return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
+    except (UnicodeEncodeError, pa.ArrowException) as error:
+        raise PersonaError(find_bad_row(rows) or f"The rows do not make a table: {error}") from error
 
 
 @contextmanager

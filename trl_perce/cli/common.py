@@ -104,8 +104,12 @@ def load_data(script_args, dataset_args):
 
     Returns:
         [`~datasets.DatasetDict`] or [`~datasets.IterableDatasetDict`]: Splits by name.
+
+    Raises:
+        `ValueError`: A data file cannot be read; the message names the line if it is one of JSON lines.
     """
     from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError
     from trl import get_dataset
 
     if dataset_args.datasets:
@@ -114,13 +118,26 @@ def load_data(script_args, dataset_args):
         return get_dataset(dataset_args)
     name, streaming = script_args.dataset_name, script_args.dataset_streaming
     path = Path(name).expanduser()
-    if path.is_file():
-        kwargs = {"delimiter": "\t"} if ".tsv" in path.suffixes else {}
-        return load_dataset(_builder(path), data_files=str(path), streaming=streaming, **kwargs)
     if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
         dataset = load_from_disk(path)
         return dataset if isinstance(dataset, DatasetDict) else DatasetDict(train=dataset)
-    return load_dataset(str(path) if path.is_dir() else name, name=script_args.dataset_config, streaming=streaming)
+    try:
+        if path.is_file():
+            kwargs = {"delimiter": "\t"} if ".tsv" in path.suffixes else {}
+            return load_dataset(_builder(path), data_files=str(path), streaming=streaming, **kwargs)
+        return load_dataset(str(path) if path.is_dir() else name, name=script_args.dataset_config, streaming=streaming)
+    except DatasetGenerationError as error:
+        raise ValueError(f"`dataset_name`: {_why_unreadable(path, error)}") from error
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """What is wrong with a data file, or with one in a folder; Arrow's own words where the line cannot be told."""
+    from trl_perce.rows import find_bad_line
+
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        if _builder(file) == "json" and file.suffix != ".gz" and (found := find_bad_line(file)):
+            return f"{file} cannot be read. {found}"
+    return f"{path} cannot be read: {error.__cause__ or error}"
 
 
 def load_split(script_args, dataset_args, default: str, or_only: bool = False):
