@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
@@ -79,6 +81,23 @@ def write_json_lines(path: str | Path, rows: Iterable[Any]) -> None:
         open(part, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
     ):
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_yaml(path: str | Path) -> Any:
+    """
+    What a YAML file holds, plain data alone.
+
+    Args:
+        path (`str` or `Path`): The file.
+
+    Raises:
+        `FileNotFoundError`: There is no such file.
+        `ValueError`: It is no YAML, or asks for an object of Python. The message names the file and the place.
+    """
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def whole_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:

@@ -201,11 +201,11 @@ def _is_path(name: str) -> bool:
 
 def check_config_keys(parser, argv: list[str]) -> None:
     """Raise on an unknown key of the YAML file. Ahead of the parser, which would first complain of the values."""
-    import yaml
+    from trl_perce.files import read_yaml
 
     if "--config" not in argv[:-1]:
         return
-    config = yaml.safe_load(Path(argv[argv.index("--config") + 1]).read_text(encoding="utf-8"))
+    config = read_yaml(argv[argv.index("--config") + 1])
     if isinstance(config, dict):  # else the parser says so
         check_known(parser, config.keys() - {"env"})
 

@@ -19,7 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ..files import read_yaml
 
 
 # The paper's methods, and ours: name → fields of `PerCEConfig`
@@ -172,7 +172,7 @@ def load_settings(path: str | Path, **changes) -> Settings:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    loaded = read_yaml(path)
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: expected keys and values, got {type(loaded).__name__}.")
     extended = loaded.pop("extends", None)
