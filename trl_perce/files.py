@@ -83,6 +83,24 @@ def write_json_lines(path: str | Path, rows: Iterable[Any]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def find_shipped(path: str) -> str:
+    """
+    A file that comes with the package, for a path as it stands in the repository: `recipes/…` or `trl_perce/benchmarks/data/…`.
+
+    Args:
+        path (`str`): What the user wrote.
+
+    Returns:
+        `str`: The path itself, if it exists or nothing of that name is shipped; else where the package has it.
+    """
+    package = Path(__file__).parent
+    first, _, rest = path.partition("/")
+    # The wheel has the recipes inside of the package, a checkout beside it
+    roots = {"recipes": [package / "recipes", package.parent / "recipes"], "trl_perce": [package]}.get(first, [])
+    found = [root / rest for root in roots if rest and (root / rest).exists()]
+    return str(found[0]) if found and not Path(path).exists() else path
+
+
 def read_yaml(path: str | Path) -> Any:
     """
     What a YAML file holds, plain data alone.

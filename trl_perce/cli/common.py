@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..files import find_shipped
+
 
 # Suffix of a data file → builder of `datasets`
 _BUILDERS = {
@@ -116,7 +118,7 @@ def load_data(script_args, dataset_args):
         if script_args.dataset_name:
             print("Both `datasets` and `dataset_name` are given: `dataset_name` is ignored.", file=sys.stderr)
         return get_dataset(dataset_args)
-    name, streaming = script_args.dataset_name, script_args.dataset_streaming
+    name, streaming = find_shipped(script_args.dataset_name), script_args.dataset_streaming
     path = Path(name).expanduser()
     if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
         dataset = load_from_disk(path)
@@ -186,6 +188,7 @@ def check_script_args(script_args, model_args, dataset_args) -> None:
         raise ValueError(
             "`dataset_name` (or `datasets`) is missing. Write a data file, a folder, or a name on the Hub."
         )
+    name = find_shipped(name)
     path = Path(name).expanduser()
     if (_is_path(name) or _builder(path) is not None) and not path.exists():
         raise FileNotFoundError(f"`dataset_name`: there is no file or folder {name!r} (seen from {os.getcwd()}).")

@@ -12,7 +12,9 @@
 
 import argparse
 import sys
+from itertools import pairwise
 
+from ..files import find_shipped
 from . import aloe, evaluate, reproduce, score, train
 from .common import explain_stops
 
@@ -39,6 +41,10 @@ def main(argv: list[str] | None = None) -> int:
     for name, command in COMMANDS.items():
         subparsers.add_parser(name, help=command.HELP, add_help=False)
     command = parser.parse_args(argv[:1]).command
+    argv = [
+        find_shipped(arg) if before in ("--config", "--accelerate_config") else arg
+        for before, arg in pairwise(["", *argv])
+    ]
     if command == "train":  # which may do its work in other processes
         return train.run(argv[1:])
     with explain_stops(f"trl-perce {command}", lambda: "What is done is kept: the same command goes on from there."):
