@@ -1,0 +1,190 @@
+"""
+Every command and snippet of the documentation is run, as it stands but for the names of models, which become a tiny one, and with
+options added that make it short. Links lead somewhere.
+"""
+
+import functools
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from peft import LoraConfig, get_peft_model
+
+from conftest import ROOT, make_tiny_model
+from servers import needs_openai
+from trl_perce.cli.main import main
+from trl_perce.files import find_shipped
+
+
+pytest_plugins = ["servers"]
+FILES = [
+    "README.md",
+    "recipes/README.md",
+    "CONTRIBUTING.md",
+    *sorted(f"examples/{p.name}" for p in ROOT.glob("examples/*.md")),
+]
+MODELS = r"HuggingFaceTB/SmolLM2-135M-Instruct|Qwen/Qwen3-0\.6B|Qwen/Qwen3-4B"
+# What makes a command short, by its name
+SHORT = {
+    "train": "--model_name_or_path MODEL --use_cpu true --bf16 false --dtype float32 --load_in_4bit false --max_steps 1 --report_to none "
+    "--gradient_accumulation_steps 1 --save_strategy no --eval_strategy no --attn_implementation eager",
+    "score": "--model_name_or_path MODEL --load_in_4bit false --dtype float32 --attn_implementation eager",
+    "evaluate": "--metrics rouge --max_new_tokens 4",
+    "aloe": "--conversations 1 --rounds 1 --max_new_tokens 4",
+    "reproduce": "--dry_run",
+}
+# Not ours to run, or run by what runs this
+ELSEWHERE = ("make", "pip", "git", "hf", "vllm", "pkill", "pre-commit", "export")
+
+
+def blocks(name: str, language: str) -> list[str]:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(name: str) -> list[list[str]]:
+    found = []
+    for block in blocks(name, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = re.sub(r"^for .*? do (\w+=\S+ )?(.*) & done; wait$", r"\2", line)  # the same for each GPU
+            words = shlex.split(line, comments=True)
+            if words and words[0] not in ELSEWHERE:
+                found.append(words)
+    return found
+
+
+@pytest.fixture
+def workspace(tmp_path, tiny_model, tokenizer, monkeypatch):
+    """A folder with what the documentation speaks of."""
+    rows = [
+        {
+            "id": f"r{index}",
+            "user": f"u{index // 2}",
+            "persona": f"I am number {index} and I sew.",
+            "prompt": [{"role": "user", "content": "About me: {persona}\n\nWhat should I buy?"}],
+            "completion": [{"role": "assistant", "content": f"A new set of needles, number {index}."}],
+        }
+        for index in range(6)
+    ]
+    (history,) = map(json.loads, blocks("examples/own_data.md", "json")[:1])
+    histories = [{**history, "user": f"user {index}"} for index in range(6)]
+    for folder, lines in (("data/product_review", rows), ("data/own", histories), ("my_data", histories)):
+        (tmp_path / folder).mkdir(parents=True)
+        for split in ("train", "test"):
+            (tmp_path / folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "my-secrets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "me.txt").write_text("I sew my own dresses.")
+    for name in ("my-adapter", "ce", "perce"):
+        model = get_peft_model(make_tiny_model("llama"), LoraConfig(r=4, target_modules="all-linear"))
+        model.peft_config["default"].base_model_name_or_path = tiny_model
+        model.save_pretrained(tmp_path / "outputs" / name)
+        tokenizer.save_pretrained(tmp_path / "outputs" / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_links_lead_somewhere(name):
+    text = re.sub(r"```.*?```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, target
+
+
+def test_readme_snippets(workspace, tiny_model):
+    scope = {}
+    for snippet in blocks("README.md", "python"):
+        snippet = re.sub(MODELS, tiny_model, snippet).replace('"contriever"', '"bm25"')
+        snippet = snippet.replace(
+            ", learning_rate=1e-4", ", learning_rate=1e-4, use_cpu=True, bf16=False, max_steps=1, report_to='none'"
+        )
+        exec(compile(snippet, "README.md", "exec"), scope)
+    assert (workspace / "outputs" / "merged" / "model.safetensors").is_file()
+    assert scope["dataset"].column_names == ["id", "user", "persona", "prompt", "completion"] and len(
+        scope["scores"].pir
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "README.md" and blocks(name, "python")])
+def test_snippets_of_the_guides(workspace, tiny_model, name):
+    for snippet in blocks(name, "python"):
+        exec(compile(re.sub(MODELS, tiny_model, snippet), name, "exec"), {})
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if blocks(name, "yaml") or blocks(name, "json")])
+def test_data_in_the_documentation(name):
+    for block in blocks(name, "yaml"):
+        assert isinstance(yaml.safe_load(block), dict)
+    for block in blocks(name, "json"):
+        assert isinstance(json.loads(block), dict)
+
+
+@needs_openai
+@pytest.mark.parametrize("name", [name for name in FILES if commands(name)])
+def test_commands(workspace, tiny_model, echo, name, capfd):
+    echo.reply = lambda body: "4"
+    if name == "README.md":  # whose `--baseline` another evaluation has made
+        argv = "--model_name_or_path outputs/ce --dataset_name data/product_review --output_dir eval/ce --swap_persona --max_length 5000"
+        assert main(["evaluate", *argv.split(), *SHORT["evaluate"].split()]) == 0
+    if name == "examples/evaluation.md":
+        shutil.copytree("data/product_review", "data/own-rows")
+    for words in commands(name):
+        words = [re.sub(MODELS, tiny_model, word) for word in words]
+        print("$", *words)
+        if words[0] == "trl-perce":
+            run(words[1], words[2:], tiny_model, echo.url)
+        else:
+            assert words[0] == "python", words
+            run_example(words[1], words[2:], tiny_model)
+
+
+def run(command: str, argv: list[str], model: str, url: str) -> None:
+    short = SHORT[command].replace("MODEL", model).split()
+    if command == "aloe":
+        shared = ROOT.parent / "shared" / "data" / "aloe"
+        if not shared.is_dir():
+            return
+        argv = [{"../ALOE/datasets": str(shared), "http://localhost:8000/v1": url}.get(word, word) for word in argv]
+    if "--num_processes" in argv:  # test_processes.py runs two; here the arguments are looked at
+        from trl_perce.cli import train
+        from trl_perce.cli.common import check_config_keys, check_rest
+
+        check_config_keys(train.make_parser(), [*map(find_shipped, argv)])
+        check_rest(train.make_parser(), [word for word in argv if word != "--config"])
+        return
+    if command == "score" and "--config" not in argv:
+        short = []
+    assert main([command, *argv, *short]) == 0
+
+
+def run_example(script: str, argv: list[str], model: str) -> None:
+    if script.startswith("examples/benchmarks/"):  # hours; its options are looked at
+        text = subprocess.run(
+            [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=120
+        ).stdout
+        assert all(word in text for word in argv if word.startswith("--")), argv
+        return
+    text = "What should I buy?\n/pir\n" if script == "examples/chat.py" else None
+    result = subprocess.run(
+        [sys.executable, ROOT / script, *argv], input=text, capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@functools.cache
+def help_of(script: str) -> str:
+    return subprocess.run(
+        [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=120
+    ).stdout
