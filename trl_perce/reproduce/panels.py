@@ -46,7 +46,7 @@ def label(condition: Condition, shown: Sequence[Condition]) -> str:
     """The method, with what tells the condition from others of it."""
     same = [item for item in shown if item.method == condition.method]
     parts = [METHOD_LABELS.get(condition.method, condition.method)]
-    if len({item.learning_rate for item in same}) > 1:
+    if len({item.learning_rate for item in same}) > 1 and condition.learning_rate is not None:
         parts.append(rate_text(condition.learning_rate))
     if len({item.clip for item in same}) > 1 and condition.clip is not None:
         parts.append(f"[{condition.clip[0]:g}, {condition.clip[1]:g}]")
