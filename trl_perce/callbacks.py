@@ -13,6 +13,7 @@
 import math
 import os
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -74,9 +75,9 @@ class PerContrastCallback(TrainerCallback):
         if not rows:
             raise ValueError("No row to score has a persona. Pass other `rows` to `PerContrastCallback`.")
         self._prepared = self._scorer.prepare(rows)
-        self._scored_at = None
+        self._scored_at: int | None = None
         self._scores: list[TokenScores] = []
-        self._table = []
+        self._table: list[list[Any]] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._score(state.global_step)

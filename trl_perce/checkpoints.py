@@ -74,7 +74,7 @@ def last_whole_checkpoint(folder: str | Path) -> tuple[str | None, list[str]]:
         match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
         if match and path.is_dir():
             steps[int(match[1])] = path
-    damages = []
+    damages: list[str] = []
     for step in sorted(steps, reverse=True):
         damage = find_damage(steps[step])
         if damage is None:

@@ -95,13 +95,12 @@ class DataCollatorForPerCE(DataCollatorForLanguageModeling):
                     "equally long."
                 )
             borders = np.cumsum(example.get("seq_lengths", ()))[:-1].astype(int)  # of the documents of a packed row
-            for document in zip(
-                *(np.split(column, borders) for column in (input_ids, labels, persona_mask)), strict=True
-            ):
-                paired = has_counterfactual(*document[1:])
+            columns = (np.split(column, borders) for column in (input_ids, labels, persona_mask))
+            for own_ids, own_labels, own_mask in zip(*columns, strict=True):
+                paired = has_counterfactual(own_labels, own_mask)
                 flags.append(torch.from_numpy(paired))
                 if paired.any():
-                    rows.append(self._counterfactual_row(*document, paired))
+                    rows.append(self._counterfactual_row(own_ids, own_labels, own_mask, paired))
         if self.padding_free:
             flags = [torch.cat(flags)]
         batch["has_counterfactual"] = pad(

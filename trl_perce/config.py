@@ -179,7 +179,7 @@ class PerCEConfig(SFTConfig):
         tokens = self.counterfactual_batch_tokens
         if isinstance(tokens, str) and tokens != "auto":  # from the command line
             tokens = self.counterfactual_batch_tokens = int(tokens) if tokens.isdecimal() else 0
-        if tokens is not None and tokens != "auto" and tokens < 1:
+        if not isinstance(tokens, str | None) and tokens < 1:
             raise ValueError("`counterfactual_batch_tokens` must be a positive number of tokens, 'auto', or not set.")
         if self.counterfactual_refresh_epochs < 1:
             raise ValueError(
@@ -248,14 +248,14 @@ class PerContrastConfig(PerCEConfig):
             raise ValueError(f"`personal_threshold` is {self.personal_threshold}. Write a finite number of nats.")
         if self.score_batch_tokens < 1:
             raise ValueError(f"`score_batch_tokens` is {self.score_batch_tokens}. Write a positive number of tokens.")
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # `bf16` asks for it to be said
+        self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()  # `bf16` asks for it to be said
         # `TrainingArguments` would set up the devices anew, which takes them from a trainer that is there already
         PartialState(cpu=self.use_cpu)
         self.accelerator_config, self.deepspeed, self.fsdp = {"use_configured_state": True}, None, None
         super().__post_init__()
 
 
-def copy_config(args: PerCEConfig, cls: type | None = None, **changes) -> PerCEConfig:
+def copy_config(args: PerCEConfig, cls: type[PerCEConfig] | None = None, **changes) -> PerCEConfig:
     """
     A copy of a configuration with other values. Not `dataclasses.replace`, which would run `__post_init__` and set up the
     device anew.

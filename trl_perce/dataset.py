@@ -17,6 +17,7 @@ tokenization (`add_persona_mask`).
 
 import copy
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,7 @@ def count_personas(dataset, name: str, args, required: bool) -> int:
     Raises:
         `PersonaError`: No row has a persona, and `required`.
     """
+    examples: Iterable[dict[str, Any]]
     streaming = isinstance(dataset, IterableDataset)
     if streaming:
         examples = list(dataset.take(_SAMPLE))

@@ -152,7 +152,7 @@ class Endpoint:
         answer = self._client.chat.completions.create(**request).choices[0].message.content or ""
         if self.cache_path is not None:
             with self._lock:  # in the thread: an answer that comes after another request failed is kept too
-                self._append_to_cache(key, answer)
+                _append(self.cache_path, key, answer)
         return answer
 
     def _read_cache(self) -> dict[str, str]:
@@ -172,13 +172,14 @@ class Endpoint:
             )
         return answers
 
-    def _append_to_cache(self, key: str, answer: str) -> None:
-        self.cache_path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.cache_path, "ab+") as file:
-            line = json.dumps({"key": key, "answer": answer}).encode() + b"\n"
-            if file.tell() and not _ends_with_newline(file):
-                line = b"\n" + line  # behind a line that was torn
-            file.write(line)
+
+def _append(cache_path: Path, key: str, answer: str) -> None:
+    cache_path.parent.mkdir(parents=True, exist_ok=True)
+    with open(cache_path, "ab+") as file:
+        line = json.dumps({"key": key, "answer": answer}).encode() + b"\n"
+        if file.tell() and not _ends_with_newline(file):
+            line = b"\n" + line  # behind a line that was torn
+        file.write(line)
 
 
 def _ends_with_newline(file) -> bool:

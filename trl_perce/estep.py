@@ -37,7 +37,8 @@ def split_into_chunks(lengths: list[int], budget: int, padded: bool) -> list[lis
     Returns:
         `list[list[int]]`: Indices of the rows of each chunk, longest first. Every row is in one chunk.
     """
-    chunks, tokens = [], 0
+    chunks: list[list[int]] = []
+    tokens = 0
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         # In a padded chunk every row takes the place of the first, which is the longest
         size = lengths[chunks[-1][0]] if padded and chunks else lengths[index]
@@ -141,8 +142,9 @@ class EStep:
         window = [batch.pop("counterfactual_rows") for batch in batches]
         rows = [row for batch_rows in window for row in batch_rows]
         log_probs = [None] * len(rows)
-        store = None if epoch is None else self.store
-        if store is not None:
+        store = None
+        if epoch is not None and self.store is not None:
+            store = self.store
             store.start_epoch(epoch)
             log_probs = [store.get(row) for row in rows]
         missing = [index for index, known in enumerate(log_probs) if known is None]
@@ -174,7 +176,7 @@ class EStep:
         budget = self.batch_tokens
         if budget is None:
             budget = max(batch["input_ids"].numel() for batch in batches)
-        elif budget == "auto":
+        elif isinstance(budget, str):  # "auto"
             itemsize = 2 if self.accelerator.mixed_precision in ("bf16", "fp16") else 4
             budget = tokens_that_fit(self.accelerator.device, self.hidden_size, itemsize)
         chunks = split_into_chunks(lengths, budget, padded=not self.collator.flattens_counterfactual)

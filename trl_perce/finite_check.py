@@ -53,7 +53,8 @@ class FiniteCheck:
 
     def start(self, batches: list[dict[str, Any]]) -> None:
         """Begin with a new window (the micro-batches of an optimizer step)."""
-        self._batches, self._bad = batches, []
+        self._batches = batches
+        self._bad: list[torch.Tensor] = []
 
     def note(self, bad: torch.Tensor) -> None:
         """

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .files import write_text, written_whole
-from .scores import TokenScores
+from .scores import TokenScores, WordScore
 
 
 # Colours of the most negative, of no and of the most positive PIR, and of the text on all of them
@@ -138,7 +138,7 @@ def write_html(
     }
     template = files(__package__).joinpath("heatmap.html").read_text(encoding="utf-8")
     for tag in ("style", "script"):
-        content = re.search(f"<{tag}>(.*)</{tag}>", template, re.DOTALL)[1]
+        content = template.split(f"<{tag}>", 1)[1].rsplit(f"</{tag}>", 1)[0]
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         template = template.replace(f"{{{{{tag}_hash}}}}", digest)
     # The data last: what it holds is looked through for nothing
@@ -235,11 +235,11 @@ def _row_data(scores: TokenScores) -> dict[str, Any]:
     # JavaScript counts UTF-16 units: two for a character beyond U+FFFF
     position = list(accumulate((1 + (character > "\uffff") for character in scores.response), initial=0))
     units = units_of(scores)
-    tokens = {"special": [index for index, unit in enumerate(units) if unit.is_special]}
+    tokens: dict[str, Any] = {"special": [index for index, unit in enumerate(units) if unit.is_special]}
     if len(units) < len(scores.tokens):
         tokens |= {"spans": _flat(units, position), "pir": _floats([unit.pir for unit in units])}
     special = [unit for unit in units if unit.is_special]
-    words = sorted([*scores.words, *special], key=lambda word: word.start)
+    words: list[WordScore | Unit] = sorted([*scores.words, *special], key=lambda word: word.start)
     return {
         "row": scores.row,
         "persona": scores.persona,

@@ -118,9 +118,9 @@ def warn_if_failed(job: Future, repo: str, args: PerCEConfig) -> None:
         repo (`str`): Where to.
         args ([`PerCEConfig`]): Of the run.
     """
-    if not job.cancelled() and job.exception() is not None:
+    if not job.cancelled() and (error := job.exception()) is not None:
         logger.warning(
-            f"An upload to {repo} during training failed. {_reason(job.exception(), args)} Training goes on; the next one "
+            f"An upload to {repo} during training failed. {_reason(error, args)} Training goes on; the next one "
             "uploads everything."
         )
 

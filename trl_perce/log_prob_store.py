@@ -77,9 +77,9 @@ class LogProbStore:
         os.makedirs(folder, exist_ok=True)  # the first process may not have made it yet
         entries = self._kept | self._new if process_index == 0 else self._new
         if process_index == 0:  # of an earlier save with more processes
-            for path in Path(folder).glob(_FILE.format("*")):
-                if int(path.stem.rsplit("_", 1)[1]) >= num_processes:
-                    path.unlink()
+            for earlier in Path(folder).glob(_FILE.format("*")):
+                if int(earlier.stem.rsplit("_", 1)[1]) >= num_processes:
+                    earlier.unlink()
         values = [log_probs for _, log_probs in entries.values()]
         path = os.path.join(folder, _FILE.format(process_index))
         tensors = {

@@ -19,7 +19,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
@@ -149,7 +148,8 @@ def _prompt_parts(row: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]
     start, end = mask.index(1), len(mask) - mask[::-1].index(1)
     if end - start != sum(mask) or end > trained[0]:
         return None
-    return tuple(tuple(part.tolist()) for part in np.split(np.array(row["input_ids"][: trained[0]]), [start, end]))
+    ids = row["input_ids"]
+    return tuple(ids[:start]), tuple(ids[start:end]), tuple(ids[end : trained[0]])
 
 
 def _shared(sides: Sequence[Sequence[int]], tokenizer) -> str:

@@ -135,7 +135,7 @@ class PerContrast:
             `FloatingPointError`: With `on_nonfinite="stop"`: a log-probability is NaN or infinite. The message names the row.
         """
         if isinstance(rows, dict):
-            return self.score([rows])[0]
+            return [*self.iterate(self.prepare([rows]))][0]
         scores = _in_order(self.iterate(self.prepare(rows)))
         return scores if isinstance(rows, IterableDataset) else [*scores]
 
@@ -158,7 +158,7 @@ class PerContrast:
             [`TokenScores`]: Of each row that is not in `done`, those that are skipped included.
         """
         total = None if prepared.num_rows is None else prepared.num_rows - len(done)
-        earlier = []
+        earlier: list[list[list[int]]] = []
         with tqdm(total=total, unit="row", desc="PerContrast", disable=self.args.disable_tqdm or None) as bar:
             for rows, skipped in prepared.blocks():
                 if self.args.counterfactual == "swap":
@@ -222,7 +222,7 @@ class PerContrast:
 
     def _log_probs(self, rows: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
         """Log-probabilities (nats, `float32`) of each row's labelled tokens, batched by length."""
-        log_probs = [np.empty(0, dtype=np.float32)] * len(rows)
+        log_probs: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(rows)
         lengths = [len(row["input_ids"]) for row in rows]
         device = next(self.model.parameters()).device
         for chunk in split_into_chunks(lengths, self.args.score_batch_tokens, padded=True):
@@ -318,7 +318,7 @@ def _find_other_personas(rows: list[dict[str, Any]], earlier: list[list[list[int
         [row for row, persona in zip(rows, own, strict=True) if persona],
         [persona for persona in own if persona],
     )
-    others = [None] * len(own)
+    others: list[list[list[int]] | None] = [None] * len(own)
     for position in reversed(range(2 * len(own))):  # twice round: the next other one may be behind the end
         here, following = position % len(own), (position + 1) % len(own)
         others[here] = own[following] if own[following] != own[here] else others[following]

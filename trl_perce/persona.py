@@ -20,6 +20,7 @@ import copy
 import json
 import re
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
 from itertools import accumulate, groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -199,7 +200,9 @@ def _columns(example: dict[str, Any], text_field: str) -> tuple[str, ...]:
     return ("messages",) if is_conversational(example) else (text_field,)
 
 
-def _texts(example: dict[str, Any], text_field: str):
+def _texts(
+    example: dict[str, Any], text_field: str
+) -> Iterator[tuple[dict[str, Any], str, tuple[str, int | None, int | None], bool]]:
     """Yield `(holder, key, (column, message, part), is_response)` for each text of the row that TRL will tokenize."""
     for column in _columns(example, text_field):
         if example.get(column) is None:
@@ -261,12 +264,12 @@ def render(
         stripped.append((text[start:core_start], text[core_end:end]))
     stripped.reverse()
 
-    rendered = [marked[column] for column in marked]
+    values = [marked[column] for column in marked]
     if is_conversational(example):
         tools = example.get("tools")
         try:
             rendered = tokenizer.apply_chat_template(
-                [message for messages in rendered for message in messages],
+                [message for messages in values for message in messages],
                 tokenize=False,
                 chat_template=chat_template,
                 tools=json.loads(tools) if isinstance(tools, str) else tools,
@@ -275,7 +278,7 @@ def render(
         except TemplateError as error:
             raise PersonaError(f"the chat template does not take this conversation: {error}") from error
     else:
-        rendered = "".join(rendered)
+        rendered = "".join(values)
 
     pieces = rendered.split(_BORDER)
     if len(pieces) != 2 * len(spans) + 1:

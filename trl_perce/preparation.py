@@ -117,7 +117,7 @@ class Preparation:
             `ValueError`: There is no row, or it holds images.
         """
         args = self.args
-        first = next(iter(dataset), {})
+        first: dict[str, Any] = next(iter(dataset), {})
         if "image" in first or "images" in first:
             raise ValueError(f"The {name} dataset holds images, which are not scored. Remove the image columns.")
         streaming = isinstance(dataset, IterableDataset)

@@ -13,9 +13,12 @@
 """Ratings from 1 to 5 in the replies of LLM judges: read strictly or not at all."""
 
 import re
+from typing import TypeVar
 
 import numpy as np
 
+
+T = TypeVar("T", float, np.ndarray)
 
 LOWEST, HIGHEST = 1, 5  # of a rating
 _NUMBER = r"(?P<number>[-+]?\d+(?:\.\d+)?)(?:\s*/\s*5|\s+out\s+of\s+5)?"
@@ -56,7 +59,7 @@ def without_reasoning(reply: str) -> str:
     return reply.rpartition("</think>")[2].strip()
 
 
-def to_percent(ratings: np.ndarray | float) -> np.ndarray | float:
+def to_percent(ratings: T) -> T:
     """
     Ratings on a scale from 0 to 100: `100 (r − 1) / 4`, so that 1 is 0 and 5 is 100. The scale of Table 10 is not known to
     us: compare differences between methods with the paper's, not levels.

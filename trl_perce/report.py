@@ -88,13 +88,14 @@ def make_report(scores: Iterable[TokenScores], settings: dict[str, Any]) -> dict
         - `"cost"`: `"tokens"`, `"counterfactual_tokens"`, `"forward_ratio"` (the second over the first) and
           `"step_ratio"`: extra work in relation to a training step, by the kind of training.
     """
-    rows = Counter()
-    skipped = Counter()
+    rows: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     pir, row_shares, persona_tokens = array("f"), array("d"), array("q")
     no_personal, negative = [], []
     personas: dict[int, np.ndarray] = {}
     words: dict[str, list] = {}
-    sums = Counter()
+    sums: Counter[str] = Counter()
+    weight = personal_weight = 0.0
     threshold = None
     clip_min, clip_max = np.float32(settings["weight_clip_min"]), np.float32(settings["weight_clip_max"])
 
@@ -107,8 +108,8 @@ def make_report(scores: Iterable[TokenScores], settings: dict[str, Any]) -> dict
         has_pir = np.isfinite(row.pir)
         is_personal = row.is_personal & has_pir
         sums["tokens"] += len(row.pir)
-        sums["weight"] += float(row.weights.sum(dtype=np.float64))
-        sums["personal_weight"] += float(row.weights[is_personal].sum(dtype=np.float64))
+        weight += float(row.weights.sum(dtype=np.float64))
+        personal_weight += float(row.weights[is_personal].sum(dtype=np.float64))
         sums["at_min"] += int((row.weights <= clip_min).sum())
         sums["at_max"] += int((row.weights >= clip_max).sum())
         sums["factual"] += row.num_tokens
@@ -149,10 +150,10 @@ def make_report(scores: Iterable[TokenScores], settings: dict[str, Any]) -> dict
             "row_share": {"mean": _mean(row_shares), "quantiles": _quantiles(row_shares, _ROW_QUANTILES)},
         },
         "weights": {
-            "mean": _ratio(sums["weight"], sums["tokens"]),
+            "mean": _ratio(weight, sums["tokens"]),
             "at_min": _ratio(sums["at_min"], sums["tokens"]),
             "at_max": _ratio(sums["at_max"], sums["tokens"]),
-            "of_personal": _ratio(sums["personal_weight"], sums["weight"]),
+            "of_personal": _ratio(personal_weight, weight),
         },
         "words": _most_personal(words, threshold),
         "persona_tokens": {"mean": _mean(persona_tokens), "quantiles": _quantiles(persona_tokens, _ROW_QUANTILES)},
@@ -231,11 +232,11 @@ def _count_words(words: dict[str, list], row: TokenScores) -> None:
         entry[3] = row.row
 
 
-def _most_personal(words: dict[str, list], threshold: float) -> dict[str, Any]:
+def _most_personal(words: dict[str, list], threshold: float | None) -> dict[str, Any]:
     personal = [
         {"word": word, "mean": total / count, "sum": total, "count": count, "rows": rows}
         for word, (total, count, rows, _) in words.items()
-        if total / count > threshold
+        if threshold is not None and total / count > threshold
     ]
     often = [entry for entry in personal if entry["count"] >= MIN_WORD_COUNT]
     # Function words (the, and) have a mean near 0: this leaves them out in every language

@@ -176,7 +176,7 @@ def _candidates(rows: Sequence[HistoryRow]) -> list[list[int]]:
                 )
             if entry.response is not None and folded(entry.response) == target:
                 num_targets += 1
-            elif row.time is not None and not entry.time < row.time:
+            elif row.time is not None and entry.time is not None and not entry.time < row.time:
                 num_later += 1
             else:
                 indices.append(index)

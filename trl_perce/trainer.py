@@ -12,6 +12,8 @@
 
 import dataclasses
 from collections import defaultdict
+from concurrent.futures import Future
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -196,16 +198,16 @@ class PerCETrainer(SFTTrainer):
 
         if args.token_weighting == "perce":
             if data_collator is None:  # the collator that TRL built, with both passes
-                self.data_collator = DataCollatorForPerCE(
+                self.data_collator: Any = DataCollatorForPerCE(
                     **dataclasses.asdict(self.data_collator), counterfactual=args.counterfactual
                 )
             hidden_size = self.model.config.get_text_config().hidden_size
             self._e_step = EStep(self.accelerator, self.data_collator, hidden_size, args.counterfactual_batch_tokens)
-        self._log_prob_store = None
+        self._log_prob_store: LogProbStore | None = None
         self._finite_check = FiniteCheck(self.accelerator, args.on_nonfinite, self.train_dataset)
-        self._uploads = WeakSet()  # in the background
+        self._uploads: WeakSet[Future] = WeakSet()  # in the background
         # Sums over trained tokens, one tensor a micro-batch; their ratios are logged
-        self._token_sums = defaultdict(list)
+        self._token_sums: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if not self._marked_ahead:
@@ -231,7 +233,7 @@ class PerCETrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         if "persona_mask" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, "persona_mask"]
+            self._signature_columns: list[str] = [*self._signature_columns, "persona_mask"]
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if isinstance(resume_from_checkpoint, str) and (damage := find_damage(resume_from_checkpoint)):

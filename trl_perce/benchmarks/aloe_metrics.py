@@ -167,8 +167,8 @@ def aloe_records(
     undefined = [metric for metric, (figure, _) in figures.items() if figure["value"] is None]
     if undefined:
         logger.warning(f"ALOE, {model}, {method}: no value for {', '.join(undefined)}, for want of ratings or rounds")
-    run = {"model": model, "train_task": train_task, "task": "aloe", "method": method, "learning_rate": learning_rate}
-    run |= {"clip": None if clip is None else list(clip), "seed": seed}
+    run: dict[str, Any] = {"model": model, "train_task": train_task, "task": "aloe", "method": method}
+    run |= {"learning_rate": learning_rate, "clip": None if clip is None else list(clip), "seed": seed}
     return [
         {**run, "metric": metric, **figure, "rows": rows}
         for metric, (figure, rows) in figures.items()

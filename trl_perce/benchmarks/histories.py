@@ -91,8 +91,8 @@ def load(
     skips.log(logger, f"rows of {file}")
     if not rows:
         raise ValueError(f"{file}: no row is left of {len(records)} records.")
-    rows = [_to_row(row) for row in rows]
-    return rows if num_rows is None else sample(rows, num_rows, seed)
+    loaded = [_to_row(row) for row in rows]
+    return loaded if num_rows is None else sample(loaded, num_rows, seed)
 
 
 def _read_split(split: str, folder: Path) -> tuple[Path, list[dict[str, Any]]]:
@@ -254,7 +254,7 @@ def _chat_rows(record: dict[str, Any], number: int, turns: int) -> Iterator[dict
 
 def _alternating(said: list[dict[str, Any]]) -> list[str]:
     """The end of a conversation in which users 1 and 2 take turns and the last word is user 1's; empty if it is not."""
-    texts = []
+    texts: list[str] = []
     for turn in reversed(said):
         if turn["user"] != 1 + len(texts) % 2:
             break

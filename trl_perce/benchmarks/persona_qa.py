@@ -344,7 +344,8 @@ def f1_interval(
         seed (`int`, *optional*, defaults to `0`): Of the samples.
     """
     people = {person: index for index, person in enumerate(dict.fromkeys(row.person for row in tokens))}
-    counts = np.zeros((len(people), 2), dtype=int)  # of each person: right tokens, predicted + personal tokens
+    # Of each person: right tokens, predicted + personal tokens
+    counts: np.ndarray = np.zeros((len(people), 2), dtype=int)
     for row_predicted, row in zip(predicted, tokens, strict=True):
         right = (row_predicted & row.is_personal).sum()
         counts[people[row.person]] += (right, row_predicted.sum() + row.is_personal.sum())

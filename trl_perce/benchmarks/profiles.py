@@ -20,6 +20,7 @@ words around the history (`lead` and `style` of a [`ProfileTask`]) and the layou
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 from ..history import HistoryEntry, HistoryRow, find_mark, folded
@@ -121,7 +122,7 @@ class RowMaker:
             history = [entry for entry in history if entry.time is not None]
         if any(entry.time is None for entry in history):
             return tuple(replace(entry, time=None) for entry in history)
-        return tuple(sorted(history, key=lambda entry: entry.time))
+        return tuple(sorted(history, key=attrgetter("time")))
 
     def _entry(self, item: Any, where: str) -> HistoryEntry | None:
         if not isinstance(item, dict):
@@ -157,7 +158,8 @@ class RowMaker:
 
 def number_to_draw(num_rows: int | str | None, split: str) -> int | None:
     """Of rows of a split: the paper's number for `None`, all (`None`) for `"all"`."""
-    return {None: NUM_ROWS[split], "all": None}.get(num_rows, num_rows)
+    numbers: dict[Any, Any] = {None: NUM_ROWS[split], "all": None}
+    return numbers.get(num_rows, num_rows)
 
 
 def user_of(record: dict[str, Any], columns: Iterable[str], default: str) -> str:
@@ -182,8 +184,8 @@ def _reason(text: str, output: str, history: Sequence[HistoryEntry], time: float
         return "no output"
     if not history:
         return "no history"
-    earlier = [entry for entry in history if time is None or entry.time < time]
-    if all(folded(entry.response) == folded(output) for entry in earlier):
+    earlier = [entry for entry in history if time is None or (entry.time is not None and entry.time < time)]
+    if all(entry.response is not None and folded(entry.response) == folded(output) for entry in earlier):
         return "no earlier history" if time is not None else "no history but the output itself"
     mark = find_mark((text, output))
     return f"input or output hold {mark}" if mark else None

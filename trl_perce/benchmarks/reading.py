@@ -23,6 +23,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..history import HistoryRow
+
 
 T = TypeVar("T")
 
@@ -154,7 +156,11 @@ def to_days(value: int | float | str, where: str) -> float:
     text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
     parts = re.fullmatch(r"(\d{4})(?:-(\d{1,2}))?(?:-(\d{1,2}))?", text)
     try:
-        moment = datetime(*(int(part or 1) for part in parts.groups())) if parts else datetime.fromisoformat(text)
+        if parts:
+            year, month, day = (int(part or 1) for part in parts.groups())
+            moment = datetime(year, month, day)
+        else:
+            moment = datetime.fromisoformat(text)
     except ValueError:
         raise ValueError(
             f"{where}: {value!r} is no date. Write 2012, 2012-05, 2012-05-31 or seconds since 1970."
@@ -230,31 +236,31 @@ class Skips:
 
 def draw_rows(
     num_source: int,
-    make: Callable[[int], T | None],
+    make: Callable[[int], HistoryRow | None],
     num_rows: int | None,
     seed: int,
     what: str,
     logger: logging.Logger,
-) -> list[T]:
+) -> list[HistoryRow]:
     """
     Draw usable rows of a source until there are enough. A row is only made once it is drawn: a source on disk is not read whole.
 
     Args:
         num_source (`int`): Number of rows in the source.
-        make (`Callable[[int], Any]`): Makes the row with this index, with an attribute `id`; `None` where it is not usable.
+        make (`Callable[[int], HistoryRow | None]`): Makes the row with this index; `None` where it is not usable.
         num_rows (`int`, *optional*): How many. All usable ones, if `None` or if there are fewer (this is logged).
         seed (`int`): The same rows for the same seed and source.
         what (`str`): Names the rows in the log and in messages.
         logger (`logging.Logger`): Gets the number of rows, the seed and a hash of the ids that were drawn.
 
     Returns:
-        `list`: The rows, in the order of the source.
+        `list[HistoryRow]`: The rows, in the order of the source.
 
     Raises:
         `ValueError`: No row is usable, or `num_rows` is no positive number.
     """
     _check_num(num_rows)
-    drawn: dict[int, T] = {}
+    drawn: dict[int, HistoryRow] = {}
     for index in random_order(num_source, seed):
         row = make(index)
         if row is not None:

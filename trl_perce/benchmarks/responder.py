@@ -94,7 +94,7 @@ class TransformersResponder:
 
     def _generate(self, texts: list[str]) -> list[str]:
         inputs = self._encode(texts, padding=True, padding_side="left", return_tensors="pt").to(self.model.device)
-        sampling = {"do_sample": True, "temperature": self.temperature}
+        sampling: dict[str, Any] = {"do_sample": True, "temperature": self.temperature}
         if not self.temperature:
             sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         torch.manual_seed(self.seed + zlib.crc32("\0".join(texts).encode()))

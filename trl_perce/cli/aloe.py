@@ -174,7 +174,7 @@ class AloeRun:
     """
 
     def __init__(self, args, model_args):
-        from trl_perce.benchmarks.aloe import Aloe, load_personas, remove_run
+        from trl_perce.benchmarks.aloe import Aloe, Responder, load_personas, remove_run
         from trl_perce.endpoint import Endpoint
 
         self.args, self.model_args = args, model_args
@@ -192,7 +192,9 @@ class AloeRun:
         )
         if args.model_base_url:
             limits = {"temperature": args.temperature, "max_tokens": args.max_new_tokens}
-            responder = Endpoint(args.model_base_url, model_args.model_name_or_path, **limits, **options).ask
+            responder: Responder = Endpoint(
+                args.model_base_url, model_args.model_name_or_path, **limits, **options
+            ).ask
         else:
             self._load_tokenizer()
             responder = self._respond

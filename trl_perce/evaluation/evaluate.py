@@ -153,8 +153,9 @@ class Evaluation:
         if self.options.likelihood:
             values |= self._likelihood_values()
         judged = None
-        if self.options.judge_base_url is not None:
-            judged, judge_values = self._judge(predictions)
+        judge_url, judge_model = self.options.judge_base_url, self.options.judge_model
+        if judge_url is not None and judge_model is not None:  # both, or neither
+            judged, judge_values = self._judge(predictions, judge_url, judge_model)
             values |= judge_values
         result = self._result(values, judged)
         lines = [
@@ -224,7 +225,7 @@ class Evaluation:
     # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _loaded(self):
-        if isinstance(self.model, str):
+        if isinstance(self.model, str) and self.base is not None:
             self.model = load_model(self.base, self.adapter, self.args)
         return self.model
 
@@ -234,8 +235,8 @@ class Evaluation:
             self.say(f"{len(file.done)} {what} are there already.")
         if not file.is_finished:
             if self.options.use_vllm:
-                if self._vllm is None:
-                    self._vllm = VLLMGenerator(self.adapter or self.base, self.tokenizer, self.args)
+                if self._vllm is None:  # the model is a name, and there is a base: see `_check_options`
+                    self._vllm = VLLMGenerator(self.adapter or self.base, self.tokenizer, self.args)  # type: ignore[arg-type]
                 generator = self._vllm
             else:
                 generator = TransformersGenerator(self._loaded(), self.tokenizer, self.args)
@@ -298,8 +299,9 @@ class Evaluation:
 
     def _likelihood_values(self) -> dict[str, np.ndarray]:
         scores = self._scores("scores")
-        if self.options.reference_scores is not None:
-            reference, self.personal_by = self._given_reference(), self.options.reference_scores
+        folder = self.options.reference_scores
+        if folder is not None:
+            reference, self.personal_by = self._given_reference(folder), folder
         elif "reference" in self.score_files:
             reference, self.personal_by = self._scores("reference"), "the base model, without its adapter"
         else:
@@ -324,28 +326,26 @@ class Evaluation:
             file.finish()
         return [*file]
 
-    def _given_reference(self) -> list[TokenScores]:
-        lines = read_lines(Path(self.options.reference_scores) / "scores.jsonl")
+    def _given_reference(self, folder: str) -> list[TokenScores]:
+        lines = read_lines(Path(folder) / "scores.jsonl")
         by_row = {line["row"]: TokenScores.from_dict(line) for line in lines}
         missing = [row for row in range(len(self.rows)) if row not in by_row]
         if missing:
             raise ValueError(
-                f"`reference_scores`: {self.options.reference_scores!r} has no scores of {len(missing)} rows, first row "
+                f"`reference_scores`: {folder!r} has no scores of {len(missing)} rows, first row "
                 f"{missing[0]}. Score the same rows."
             )
         return [by_row[row] for row in range(len(self.rows))]
 
-    def _judge(self, predictions) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def _judge(self, predictions, base_url: str, model: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         from ..endpoint import Endpoint
         from .judge import judge_predictions
 
-        endpoint = Endpoint(
-            self.options.judge_base_url, self.options.judge_model, cache_path=self.folder / "judge_answers.jsonl"
-        )
+        endpoint = Endpoint(base_url, model, cache_path=self.folder / "judge_answers.jsonl")
         judged = judge_predictions(predictions, endpoint)
         judged.write(self.folder / "judge.jsonl", predictions)
         values = {f"judge/{name}": self._by_row(predictions, own) for name, own in judged.scores.items()}
-        return {"model": self.options.judge_model, "criteria": judged.summary()}, values
+        return {"model": model, "criteria": judged.summary()}, values
 
     # ── results ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -373,5 +373,5 @@ def _fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _plain(value: float) -> float | None:
+def _plain(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None

@@ -51,6 +51,8 @@ _VLLM_ROWS = 256
 class _Generator:
     """What the generators share: arguments, prompts and the progress bar."""
 
+    stop: frozenset[int]
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase, args: GenerationArguments):
         self.args = args
         self.tokenizer = Preparation(tokenizer, args).tokenizer  # with the chat template of `args`
@@ -97,6 +99,12 @@ class _Generator:
                     if prompt.row not in done:
                         bar.update()
                         yield to_prediction(prompt, tokens, self.stop, self.tokenizer)
+
+    def _batches(self, prompts: list[Prompt]) -> list[list[Prompt]]:
+        raise NotImplementedError
+
+    def _generate(self, prompts: list[Prompt]) -> list[list[int]]:
+        raise NotImplementedError
 
 
 class TransformersGenerator(_Generator):
@@ -262,7 +270,7 @@ class VLLMGenerator(_Generator):
         return [prompts[start : start + _VLLM_ROWS] for start in range(0, len(prompts), _VLLM_ROWS)]
 
     def _generate(self, prompts: list[Prompt]) -> list[list[int]]:
-        shared = {"temperature": self.args.temperature, "top_p": self.args.top_p, "detokenize": False}
+        shared: dict[str, Any] = {"temperature": self.args.temperature, "top_p": self.args.top_p, "detokenize": False}
         shared |= {"max_tokens": self.args.max_new_tokens, "stop_token_ids": sorted(self.stop)}
         outputs = self.model.generate(
             [{"prompt_token_ids": prompt.input_ids} for prompt in prompts],

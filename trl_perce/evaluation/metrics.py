@@ -137,7 +137,9 @@ def _check_texts(predictions: Sequence[str], references: Sequence[str]) -> None:
                 raise TypeError(f"Row {row}: the {name} must be a string, got {text!r} ({type(text).__name__}).")
 
 
-def _score_chunks(chunks: Iterator, metrics: tuple[str, ...], num_proc: int) -> Iterator[dict[str, list[float]]]:
+def _score_chunks(
+    chunks: Iterator[tuple[Sequence[str], Sequence[str]]], metrics: tuple[str, ...], num_proc: int
+) -> Iterator[dict[str, list[float]]]:
     if num_proc <= 1:
         return (_score(*chunk, metrics) for chunk in chunks)
     import nltk
@@ -156,7 +158,7 @@ def _score(
 
         nltk.data.path[:] = nltk_path
     pairs = list(zip(predictions, references, strict=True))
-    scored = {}
+    scored: dict[str, list[float]] = {}
     for metric in metrics:
         scored |= {"rouge": _rouge, "meteor": _meteor, "bleu": _bleu}[metric](pairs)
     return scored

@@ -285,10 +285,10 @@ def _trimmed(prompts: list[Prompt], args) -> list[Prompt]:
             trimmed = len(prompt.input_ids) - len(ids)
             kept.append(replace(prompt, input_ids=ids, persona_mask=mask, trimmed=trimmed))
     fits = f"to fit into `max_length={args.max_length}` with `max_new_tokens={args.max_new_tokens}`"
-    trimmed = [prompt.trimmed for prompt in kept if prompt.trimmed]
-    if trimmed:
+    losses = [prompt.trimmed for prompt in kept if prompt.trimmed]
+    if losses:
         logger.warning(
-            f"Trimmed the persona of {len(trimmed)} of {len(prompts)} prompts, by {sum(trimmed)} tokens in all, {fits}."
+            f"Trimmed the persona of {len(losses)} of {len(prompts)} prompts, by {sum(losses)} tokens in all, {fits}."
         )
     if len(kept) < len(prompts):
         why = "without their persona" if args.truncate_persona else "(`truncate_persona` is off)"

@@ -109,4 +109,4 @@ def read_baseline(folder: str | Path, prompts: Sequence[Prompt]) -> dict[int, di
 
 
 def _groups(groups: Sequence[str | None], where: np.ndarray) -> list[str]:
-    return [groups[row] or f"row {row}" for row in np.flatnonzero(where)]
+    return [groups[row] or f"row {row}" for row in np.flatnonzero(where).tolist()]

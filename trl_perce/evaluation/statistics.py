@@ -27,7 +27,7 @@ Interval = tuple[float, float]
 
 
 def bootstrap_interval(
-    values: Sequence[float],
+    values: Sequence[float] | np.ndarray,
     groups: Sequence[Hashable] | None = None,
     samples: int = 10_000,
     seed: int = 0,
@@ -70,8 +70,8 @@ def bootstrap_interval(
 
 
 def paired_test(
-    a: Sequence[float],
-    b: Sequence[float],
+    a: Sequence[float] | np.ndarray,
+    b: Sequence[float] | np.ndarray,
     groups: Sequence[Hashable] | None = None,
     samples: int = 10_000,
     seed: int = 0,
@@ -180,14 +180,14 @@ def mean_over_seeds(
     return {"mean": float(mean), "interval": (float(mean - half), float(mean + half))}
 
 
-def _checked(values: Sequence[float]) -> np.ndarray:
-    values = np.asarray(values, dtype=float)
-    if values.ndim != 1:
-        raise ValueError(f"Expected a value for each row, got an array of shape {values.shape}.")
-    if not np.isfinite(values).all():
-        row = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise ValueError(f"Row {row}: the value is {values[row]}. Leave out rows without a value.")
-    return values
+def _checked(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    array = np.asarray(values, dtype=float)
+    if array.ndim != 1:
+        raise ValueError(f"Expected a value for each row, got an array of shape {array.shape}.")
+    if not np.isfinite(array).all():
+        row = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise ValueError(f"Row {row}: the value is {array[row]}. Leave out rows without a value.")
+    return array
 
 
 def _equally_long(values_by_seed: Sequence[Sequence[float]]) -> Sequence[Sequence[float]]:

@@ -58,9 +58,10 @@ def compare_methods(steps: Steps, baseline: str = "ce") -> list[dict[str, Any]]:
     """
     # (run without its seed, evaluated task) → seed → folder
     folders: dict[tuple[Cell, str], dict[int, Path]] = {}
-    for (cell, task), own in steps.evaluate.items():
-        if own[-1].state == "done" and (own[-1].folder / "metrics.jsonl").is_file():
-            folders.setdefault((replace(cell, seed=0), task), {})[cell.seed] = own[-1].folder
+    for (cell, task), evaluations in steps.evaluate.items():
+        last = evaluations[-1]
+        if last.state == "done" and (last.folder / "metrics.jsonl").is_file():
+            folders.setdefault((replace(cell, seed=0), task), {})[cell.seed] = last.folder
     found = []
     for (cell, task), own in folders.items():
         clips = steps.settings.clip_ranges
@@ -74,8 +75,9 @@ def compare_methods(steps: Steps, baseline: str = "ce") -> list[dict[str, Any]]:
         )
         seeds = sorted(own.keys() & theirs.keys())
         if cell.method != baseline and seeds:
-            condition = {"model": cell.model, "train_task": cell.task, "task": task, "method": cell.method}
-            condition |= {"learning_rate": cell.learning_rate, "clip": list(cell.clip), "seeds": seeds}
+            condition: dict[str, Any] = {"model": cell.model, "train_task": cell.task, "task": task}
+            condition |= {"method": cell.method, "learning_rate": cell.learning_rate, "clip": list(cell.clip)}
+            condition |= {"seeds": seeds}
             found += [
                 condition | compared
                 for compared in _compare([own[seed] for seed in seeds], [theirs[seed] for seed in seeds])
@@ -83,9 +85,11 @@ def compare_methods(steps: Steps, baseline: str = "ce") -> list[dict[str, Any]]:
     return found
 
 
-def _compare(own: Sequence[Path], theirs: Sequence[Path]) -> list[dict[str, Any]]:
+def _compare(own_folders: Sequence[Path], their_folders: Sequence[Path]) -> list[dict[str, Any]]:
     """The differences of all metrics between evaluations, one of each a seed."""
-    own, theirs = ([[*read_lines(folder / "metrics.jsonl")] for folder in folders] for folders in (own, theirs))
+    own, theirs = (
+        [[*read_lines(folder / "metrics.jsonl")] for folder in folders] for folders in (own_folders, their_folders)
+    )
     users = [line["user"] or f"row {line['row']}" for line in own[0]]
     found = []
     for metric in METRICS:

@@ -313,7 +313,7 @@ class _Maker:
                 for item in shown
                 if len({other.clip for other in shown if other.method == item.method}) > 1
             }
-            lines = []
+            lines: list[dict[str, Any]] = []
             for item in (item for item in shown if item.method in swept or item.method == "ce"):
                 options = {"compared": _OVERLAP, "quoted": _OVERLAP, "clip": item.clip}
                 lines += filter(None, [self.line(12, item, task, metrics, shown, **options)])
@@ -321,7 +321,7 @@ class _Maker:
         return parts
 
 
-def _method(name: str | None) -> str:
+def _method(name: str) -> str:
     return METHOD_LABELS.get(name) or code(name)
 
 

@@ -13,6 +13,7 @@
 """What the plots are put together from: panels, marks, curves, in one style."""
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -46,21 +47,23 @@ def label(condition: Condition, shown: Sequence[Condition]) -> str:
     """The method, with what tells the condition from others of it."""
     same = [item for item in shown if item.method == condition.method]
     parts = [METHOD_LABELS.get(condition.method, condition.method)]
-    if len({item.learning_rate for item in same}) > 1:
+    if len({item.learning_rate for item in same}) > 1 and condition.learning_rate is not None:
         parts.append(rate_text(condition.learning_rate))
     if len({item.clip for item in same}) > 1 and condition.clip is not None:
         parts.append(f"[{condition.clip[0]:g}, {condition.clip[1]:g}]")
     return " ".join(parts)
 
 
-def grid(rows: int, columns: int, width: float, height: float, title: str) -> tuple[Figure, list[list[Axes]]]:
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.04, hspace=0.04)
+def grid(
+    rows: int, columns: int, width: float, height: float, title: str, heights: Sequence[float] | None = None
+) -> tuple[Figure, list[list[Axes]]]:
+    figure = Figure(figsize=(width, height), facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06, wspace=0.04, hspace=0.04)
     figure.suptitle(title, fontsize=TITLE + 1, color=TEXT, fontweight="bold", parse_math=False)
-    return figure, figure.subplots(rows, columns, squeeze=False).tolist()
+    return figure, figure.subplots(rows, columns, squeeze=False, height_ratios=heights).tolist()
 
 
-def plain(axes: Axes, lines: str) -> None:
+def plain(axes: Axes, lines: Literal["x", "y"]) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -88,7 +91,7 @@ def title(axes: Axes, text: str) -> None:
 
 
 def legend(figure: Figure, axes: list[list[Axes]]) -> None:
-    entries = {}
+    entries: dict[str, Any] = {}
     for panel in (panel for row in axes for panel in row):
         handles, labels = panel.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
@@ -132,7 +135,6 @@ def curves(results: Results, panel: Axes, lines: dict[str, list[tuple]], metric:
             if len(seeds) > 1:
                 panel.plot([place] * len(seeds), seeds, ".", color=colour, markersize=3.5, alpha=0.7, linestyle="")
         if means:
-            look = {"linewidth": 1.6, "markersize": 5.5, "markeredgecolor": "white", "markeredgewidth": 0.5}
             panel.plot(
                 *zip(*means, strict=True),
                 color=colour,
@@ -140,7 +142,10 @@ def curves(results: Results, panel: Axes, lines: dict[str, list[tuple]], metric:
                 linestyle=pattern,
                 label=name,
                 zorder=3 + number,
-                **look,
+                linewidth=1.6,
+                markersize=5.5,
+                markeredgecolor="white",
+                markeredgewidth=0.5,
             )
 
 

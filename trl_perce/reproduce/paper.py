@@ -201,8 +201,8 @@ def quoted(
         `float` or `None`: The figure; `None` where nothing is quoted.
     """
     model = None if model is None else Path(model).name
-    clip = None if clip is None else tuple(clip)
-    cell = (table, model, train_task, task, method, learning_rate, clip, metric)
+    bounds = None if clip is None else tuple(clip)
+    cell = (table, model, train_task, task, method, learning_rate, bounds, metric)
     values = [quote.value for quote in quotes if quote.table is not None and quote.cell == cell]
     return values[-1] if values else None
 
@@ -231,7 +231,8 @@ def load_quotes(path: str | Path) -> tuple[Quote, ...]:
         raise ValueError(f"{path} is not JSON in UTF-8: {error}") from error
     if not isinstance(rows, list):
         raise ValueError(f'{path} holds a JSON {type(rows).__name__}. Write a list of quotes: [{{"table": 1, …}}, …].')
-    quotes, seen = [], {}
+    quotes: list[Quote] = []
+    seen: dict[tuple, int] = {}
     for number, row in enumerate(rows):
         try:
             quotes.append(_read_quote(row))

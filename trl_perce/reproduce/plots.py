@@ -18,6 +18,7 @@ each other, lines the 95 % intervals over rows. Colours are those of Okabe and I
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -141,8 +142,7 @@ def _methods(results: Results, model: str, tasks: Sequence[str], metrics: Sequen
     if not cells:
         return None
     heights = [row_height(task, 0.27 * len(items) + 0.3) + 0.45 for task, items in cells.items()]
-    figure, axes = grid(len(cells), len(metrics), 1.6 + 2.5 * len(metrics), sum(heights) + 0.5, model)
-    axes[0][0].get_gridspec().set_height_ratios(heights)
+    figure, axes = grid(len(cells), len(metrics), 1.6 + 2.5 * len(metrics), sum(heights) + 0.5, model, heights)
     for row, (task, items) in zip(axes, cells.items(), strict=True):
         for panel, metric in zip(row, metrics, strict=True):
             plain(panel, "x")
@@ -236,7 +236,7 @@ def _clips(results: Results, model: str, tasks: Sequence[str]) -> Figure | None:
             baselines = [item for item in cells[task] if item.method == "ce" and item not in items]
             for index, item in enumerate(baselines):
                 value = results.values(item, task, metric).mean() * unit(metric)[0]
-                look = {
+                look: dict[str, Any] = {
                     "color": STYLES["ce"][0],
                     "linestyle": PATTERNS[(index + (len(baselines) == 1)) % len(PATTERNS)],
                 }
@@ -278,7 +278,7 @@ def _transfer(results: Results, model: str) -> Figure | None:
             _matrix(panel, cells, method, lines, tasks)
             panel.set_yticks(range(len(lines)), lines if panel is row[0] else [""] * len(lines), parse_math=False)
             names = tasks if row is axes[-1] else [""] * len(tasks)
-            look = {"rotation": 35, "ha": "right", "rotation_mode": "anchor", "parse_math": False}
+            look: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor", "parse_math": False}
             panel.set_xticks(range(len(tasks)), names, **look)
             if row is axes[0]:
                 title(panel, METHOD_LABELS.get(method, method))
@@ -299,7 +299,7 @@ def _matrix(panel: Axes, cells: dict[tuple, Number], method: str, lines: list[st
     shades = np.full((len(lines), len(tasks)), np.nan)
     for x, task in enumerate(tasks):
         column = [number for key, number in cells.items() if key[2] == task]
-        means = [number.mean for number in column]
+        means = [number.mean for number in column if number.mean is not None]
         noise = [
             number.row_interval[1] - number.row_interval[0] for number in column if number.row_interval is not None
         ]
@@ -307,7 +307,7 @@ def _matrix(panel: Axes, cells: dict[tuple, Number], method: str, lines: list[st
         span = max(max(means) - min(means), np.mean(noise) if noise else 0.0) if means else 0.0
         for y, line in enumerate(lines):
             number, text = cells.get((method, line, task)), "–"
-            if number is not None:
+            if number is not None and number.mean is not None:
                 scale, digits = unit(number.metric)
                 text = f"{number.mean * scale:.{digits}f}".replace("-", "−")
                 middle = (max(means) + min(means)) / 2
@@ -321,13 +321,15 @@ def _matrix(panel: Axes, cells: dict[tuple, Number], method: str, lines: list[st
 
 def _aloe(results: Results, model: str) -> Figure | None:
     """Alignment over the rounds of a conversation; a panel for each task that was trained on."""
-    shown = {task: results.shown(model, task) for task in (results.train_tasks or [None])}
+    shown = {task: results.shown(model, task) for task in (results.train_tasks or (None,))}
     points: dict[tuple, list[tuple]] = {}
     for trained_on, items in shown.items():
         for task in results.tasks:
             for metric in results.metrics(task):
                 found = re.fullmatch(r"alignment@(\d+)", metric)
-                for item in items if found else ():
+                if found is None:
+                    continue
+                for item in items:
                     if not results.values(item, task, metric).empty:
                         points.setdefault((trained_on, task), []).append((int(found[1]), item, task, metric))
     if not points:

@@ -207,7 +207,7 @@ class Results:
         """
         found = [found for found in self.conditions if found.model == model and found.train_task in (None, train_task)]
         clips = {(item.train_task, item.method, item.clip) for item in found}
-        choices = {} if every_rate else self.choices.get((model, train_task), {})
+        choices = {} if every_rate or train_task is None else self.choices.get((model, train_task), {})
 
         def is_shown(item: Condition) -> bool:
             has_papers = (item.train_task, item.method, PAPER_CLIP) in clips
@@ -223,19 +223,18 @@ class Results:
 
     def _choose(self, model: str, train_task: str) -> dict[tuple, Choice]:
         """(method, clip) → its learning rate, where all that it has ran on validation rows with a seed in common."""
-        groups: dict[tuple, list[Condition]] = {}
+        groups: dict[tuple, dict[float, Condition]] = {}
         for item in self.conditions:
             if (item.model, item.train_task) == (model, train_task) and item.learning_rate is not None:
-                groups.setdefault((item.method, item.clip), []).append(item)
+                groups.setdefault((item.method, item.clip), {})[item.learning_rate] = item
         for metric, best in _CHOICES:
             choices = {}
             for key, items in groups.items():
-                items = sorted(items, key=lambda item: item.learning_rate)
-                series = {item.learning_rate: self.values(item, train_task + VALIDATION, metric) for item in items}
+                series = {rate: self.values(items[rate], train_task + VALIDATION, metric) for rate in sorted(items)}
                 shared = pd.DataFrame(series).dropna()
                 if len(items) > 1 and len(shared):
                     rate = getattr(shared.mean(), best)()
-                    choices[key] = Choice(float(rate), metric, len(shared), [float(rate) for rate in series])
+                    choices[key] = Choice(float(rate), metric, len(shared), [*series])
             if choices:
                 return choices
         return {}

@@ -25,7 +25,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,7 @@ class Steps:
     def _evaluations(self, model: str, task: Task, folder: Path, cell: Cell | None = None) -> list[Step]:
         """The evaluation of a model, or of a run's adapter, on a task; and behind it a judge's, if there is one."""
         source = self.settings.models[model]["model_name_or_path"] if cell is None else str(self._run_folder(cell))
-        needs = () if cell is None else (self.train[cell],)
+        needs: tuple[Step, ...] = () if cell is None else (self.train[cell],)
         common = self._model_arguments(model) | {"model_name_or_path": source}
         if task.benchmark == "aloe":
             return [self._aloe_step(common | task.options, folder, needs)]
@@ -211,7 +211,7 @@ class Steps:
         }
 
     def _evaluation_arguments(self, task: Task) -> dict[str, Any]:
-        own = {"dataset_name": str(self._data_path(task)), "dataset_split": "test"}
+        own: dict[str, Any] = {"dataset_name": str(self._data_path(task)), "dataset_split": "test"}
         if task.benchmark == "general_qa":
             own |= {"metrics": ["rouge"], "likelihood": False, "swap_persona": False}
         return {**self.settings.evaluation, **own, **task.evaluation}
@@ -278,7 +278,7 @@ def prompt_lengths(folder: Path) -> dict[str, Any]:
 
 
 def _run_command(
-    run: Callable[[list[str]], int], config: dict[str, Any], path: Path, arguments: list[str] = ()
+    run: Callable[[list[str]], int], config: dict[str, Any], path: Path, arguments: Sequence[str] = ()
 ) -> None:
     """
     Run one of our commands in this process, with a YAML file of its own, which is left beside its log.
@@ -287,7 +287,7 @@ def _run_command(
         run (`Callable[[list[str]], int]`): The command's `run`.
         config (`dict[str, Any]`): Content of the YAML file.
         path (`Path`): Of the file and of the log, without the suffixes `.yaml` and `.log`.
-        arguments (`list[str]`): Further arguments.
+        arguments (`Sequence[str]`): Further arguments.
 
     Raises:
         `RuntimeError`: The command has not ended well; the message has the end of its log.
@@ -296,7 +296,7 @@ def _run_command(
     log_path = path.with_suffix(".log")
     with _output_to(log_path):
         try:
-            code = run(["--config", str(path.with_suffix(".yaml")), *arguments])
+            code: str | int | None = run(["--config", str(path.with_suffix(".yaml")), *arguments])
         except SystemExit as error:  # of its parser
             code = error.code
     gc.collect()  # a trainer is a cycle, which would hold its model
