@@ -3,6 +3,7 @@ Every command and snippet of the documentation is run, as it stands but for the 
 options added that make it short. Links lead somewhere.
 """
 
+import copy
 import functools
 import json
 import re
@@ -15,7 +16,7 @@ import pytest
 import yaml
 from peft import LoraConfig, get_peft_model
 
-from conftest import ROOT, make_tiny_model
+from conftest import GENERATION, ROOT, make_tiny_model
 from servers import needs_openai
 from trl_perce.cli.main import main
 from trl_perce.files import find_shipped
@@ -121,6 +122,43 @@ def test_readme_snippets(workspace, tiny_model):
 def test_snippets_of_the_guides(workspace, tiny_model, name):
     for snippet in blocks(name, "python"):
         exec(compile(re.sub(MODELS, tiny_model, snippet), name, "exec"), {})
+
+
+def test_both_sides_of_the_diff_train_on_the_same_tokens(workspace, tiny_model):
+    (diff,) = blocks("examples/sft_to_perce.md", "diff")
+    lines = diff.splitlines()
+    assert [sum(line.startswith(sign) for line in lines) for sign in "+-"] == [4, 4]
+    short = "learning_rate=1e-4, use_cpu=True, bf16=False, max_steps=1, report_to='none'"
+    trainers = []
+    for kept in "-+":
+        code = "\n".join(line[1:] for line in lines if line[:1] in (" ", kept, ""))
+        scope = {}
+        exec(re.sub(MODELS, tiny_model, code).replace("learning_rate=1e-4", short), scope)
+        trainers.append(scope["trainer"])
+    assert [type(trainer).__name__ for trainer in trainers] == ["SFTTrainer", "PerCETrainer"]
+    assert [trainer.state.global_step for trainer in trainers] == [1, 1]
+    for column in ("input_ids", "labels"):
+        assert trainers[0].train_dataset[column] == trainers[1].train_dataset[column]
+
+
+@pytest.mark.parametrize("name", ["multi_turn.py", "streaming.py"])
+def test_scripts(workspace, tiny_model, tokenizer, monkeypatch, capsys, name):
+    model = shutil.copytree(tiny_model, "model")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = GENERATION  # as TRL patches known templates: replies are marked
+    tokenizer.save_pretrained(model)
+    code = (
+        (ROOT / "examples" / name)
+        .read_text()
+        .replace("learning_rate=1e-4", "learning_rate=1e-4, use_cpu=True, bf16=False")
+    )
+    code = code.replace(
+        "PerContrast(trainer.model, trainer.processing_class",
+        "PerContrast(trainer.model, trainer.processing_class, use_cpu=True",
+    )
+    monkeypatch.setattr(sys, "argv", [name, str(model), "data/product_review/train.jsonl"])
+    exec(compile(code, name, "exec"), {"__name__": "__main__"})
+    assert "needles" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if blocks(name, "yaml") or blocks(name, "json")])

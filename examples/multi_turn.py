@@ -1,0 +1,51 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Conversations of several turns: every reply of the assistant is trained, and the persona stands in the system message.
+
+    python examples/multi_turn.py Qwen/Qwen3-0.6B
+
+`assistant_only_loss` labels the replies; TRL patches the chat templates of known models for it. In the counterfactual the persona is out of
+the context of *all* replies.
+"""
+
+import sys
+
+from datasets import Dataset
+from peft import LoraConfig
+
+from trl_perce import PerCEConfig, PerCETrainer, PerContrast
+
+
+conversation = {
+    "persona": "I sew my own dresses, mostly from linen.",
+    "messages": [
+        {"role": "system", "content": "The user says of themselves: {persona}"},
+        {"role": "user", "content": "What should I buy?"},
+        {"role": "assistant", "content": "A new set of needles."},
+        {"role": "user", "content": "And for the summer?"},
+        {"role": "assistant", "content": "Three metres of light linen, in a colour that you do not have yet."},
+    ],
+}
+args = PerCEConfig("outputs/multi-turn", assistant_only_loss=True, learning_rate=1e-4, max_steps=2, logging_steps=1)
+trainer = PerCETrainer(
+    model=sys.argv[1],
+    args=args,
+    train_dataset=Dataset.from_list([conversation] * 8),
+    peft_config=LoraConfig(target_modules="all-linear", lora_dropout=0.0),
+)
+trainer.train()
+
+scores = PerContrast(trainer.model, trainer.processing_class, assistant_only_loss=True).score(conversation)
+for word in scores.words:
+    print(f"{word.pir:+.2f}  {word.text}")

@@ -1,0 +1,41 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Rows that come one after the other, from a file too large for memory or from anywhere else.
+
+    python examples/streaming.py Qwen/Qwen3-0.6B rows.jsonl
+
+A stream has no length, so `max_steps` says when to stop. The persona is found, masked and trimmed as the rows go by; an error names the row.
+On the command line: `dataset_streaming: true`.
+"""
+
+import sys
+
+from datasets import load_dataset
+from peft import LoraConfig
+
+from trl_perce import PerCEConfig, PerCETrainer, PerContrast
+
+
+model, path = sys.argv[1:3]
+rows = load_dataset("json", data_files=path, split="train", streaming=True)
+trainer = PerCETrainer(
+    model=model,
+    args=PerCEConfig("outputs/streaming", learning_rate=1e-4, max_steps=2, logging_steps=1),
+    train_dataset=rows.shuffle(seed=0, buffer_size=1000),
+    peft_config=LoraConfig(target_modules="all-linear", lora_dropout=0.0),
+)
+trainer.train()
+
+for scores in PerContrast(trainer.model, trainer.processing_class).score(rows):  # as they come, in order
+    print(scores.row, f"{scores.is_personal.mean():.0%} personal", scores.response)
