@@ -226,3 +226,20 @@ def help_of(script: str) -> str:
     return subprocess.run(
         [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=120
     ).stdout
+
+
+def test_the_notebook(smollm2, monkeypatch):
+    """Its cells, one after the other; it was saved with their outputs, which GitHub shows."""
+    cells = json.loads((ROOT / "examples" / "percontrast.ipynb").read_text())["cells"]
+    codes = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert sum("image/png" in output.get("data", {}) for cell in codes for output in cell["outputs"]) == 2
+    monkeypatch.setenv("MODEL", smollm2)
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
+    scope = {}
+    for cell in codes:
+        exec("".join(cell["source"]), scope)
+    kept = re.search(
+        r"mean PIR: ([+-][\d.]+) nats with the right persona, ([+-][\d.]+)", json.dumps(cells, ensure_ascii=False)
+    )
+    means = [scope[name].pir.mean() for name in ("scores", "other")]
+    assert [float(number) for number in kept.groups()] == pytest.approx(means, abs=0.05) and means[0] > means[1]
