@@ -92,7 +92,7 @@ def write_model_card(trainer, model_name: str | None, dataset_name: str | None) 
         template_path=str(_TEMPLATE),
         name=name,
         repo=trainer.hub_model_id or folder.absolute().name,
-        base=base_id or (Path(base).name if base else "a model of its own"),
+        base=base_id or (Path(base).name if base else "a model without a name"),
         base_id=base_id,
         dataset_id=dataset_id,
         is_adapter=is_adapter,
@@ -209,7 +209,7 @@ def _settings(trainer) -> list[tuple[str, Any]]:
         ("epochs", f"{trainer.state.epoch or 0:g}"),
         ("steps", trainer.state.global_step),
         ("rows a step", batch),
-        ("max_length", args.max_length),
+        ("max_length", args.max_length or "no limit"),
         ("seed", args.seed),
     ]
     if isinstance(model, PeftModel) and model.active_peft_config.peft_type == "LORA":
@@ -219,7 +219,11 @@ def _settings(trainer) -> list[tuple[str, Any]]:
             (
                 "LoRA",
                 f"r {config.r}, alpha {config.lora_alpha}, dropout {config.lora_dropout:g}, on "
-                + (targets if isinstance(targets, str) else ", ".join(sorted(targets))),
+                + (
+                    targets
+                    if isinstance(targets, str)
+                    else ", ".join(sorted({name.split(".")[-1] for name in targets}))
+                ),
             )
         )
     quantization = getattr(model.config, "quantization_config", None)
