@@ -106,7 +106,7 @@ def check(row, persona, response, tokenizer, outside):
         assert decode(tokenizer, ids).count(mark) == sum(text.count(mark) for text in (persona, response, *outside))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(persona=texts, before=texts, behind=texts, response=texts, system=st.none() | texts)
 def test_a_persona_in_a_column(prepare, smollm2_tokenizer, persona, before, behind, response, system):
     persona = f"{CANARIES[0]}{persona}{CANARIES[1]}"
@@ -127,7 +127,7 @@ def test_a_persona_in_a_column(prepare, smollm2_tokenizer, persona, before, behi
     check(found, persona, response, smollm2_tokenizer, outside)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(persona=texts, before=texts, behind=texts, response=texts)
 def test_a_persona_between_markers(prepare, smollm2_tokenizer, persona, before, behind, response):
     persona = f"{CANARIES[0]}{persona}{CANARIES[1]}"

@@ -34,6 +34,10 @@ def train_argv(tmp_path, tiny_model):
     return ["train", "--config", recipe(tmp_path / "config.yaml", **values), "--output_dir", str(tmp_path / "run")]
 
 
+def hear_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # where the tests run in the background it is ignored
+
+
 def start(argv, **kwargs):
     program = [sys.executable, "-m", "trl_perce", *argv]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -43,7 +47,7 @@ def start(argv, **kwargs):
 
 @pytest.mark.parametrize("number, code, name", [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
 def test_training_that_is_stopped_says_where_it_goes_on(tmp_path, train_argv, number, code, name):
-    process = start(train_argv)
+    process = start(train_argv, preexec_fn=hear_ctrl_c)
     for _ in range(1200):
         if (tmp_path / "run" / "checkpoint-10" / "trainer_state.json").exists():
             break
