@@ -14,21 +14,24 @@
 Where PerCE gains over CE, in a grid that `trl-perce reproduce` has made: by how personal a token is to the untrained model, by the length
 of the persona, by the share of personal tokens; and what the weights did in training.
 
-    python examples/conditions.py outputs/reproduce/local
+    python examples/conditions.py recipes/reproduce/local.yaml
 
 Differences are in log P of a test response's token (nats), PerCE less CE, means over tokens and seeds. Intervals are 95 % over users
-(percentile bootstrap, all seeds of a user together). Tables in Markdown.
+(bootstrap, all seeds of a user together). Tables in Markdown.
 """
 
 import argparse
 import json
-import re
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
+from trl_perce.evaluation.likelihood import ratio_values
+from trl_perce.evaluation.statistics import bootstrap_interval
 from trl_perce.files import read_lines
+from trl_perce.reproduce.settings import load_settings
+from trl_perce.reproduce.steps import Steps
 
 
 EDGES = [-np.inf, -1.0, -0.2, 0.2, 1.0, 2.0, 4.0, np.inf]
@@ -36,31 +39,35 @@ EDGES = [-np.inf, -1.0, -0.2, 0.2, 1.0, 2.0, 4.0, np.inf]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", type=Path, help="`output_dir` of the grid")
+    parser.add_argument("config", help="YAML file of the grid")
     parser.add_argument("--methods", nargs="+", default=["perce", "perce_sequence", "lossce", "entce"])
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
     args = parser.parse_args()
-    for model in sorted((args.folder / "runs").iterdir()):
-        for task in sorted(model.iterdir()):
-            folder = args.folder / "untrained" / model.name / task.name
-            untrained = [*read_lines(folder / "scores" / "scores.jsonl")]
-            users = [line["user"] or line["row"] for line in read_lines(folder / "metrics.jsonl")]
-            runs = find_runs(task, args.learning_rate)
+    steps = Steps(load_settings(args.config))
+    for (model, task), (evaluation, *_) in steps.untrained.items():
+        untrained = [*read_lines(evaluation.folder / "scores" / "scores.jsonl")]
+        users = [line["user"] or line["row"] for line in read_lines(evaluation.folder / "metrics.jsonl")]
+        for rate in steps.settings.learning_rates:
+            runs = find_runs(steps, model, task, rate)
             for method in args.methods:
                 seeds = sorted(runs["ce"].keys() & runs[method].keys())
                 if seeds:
-                    gains = [gains_of(runs[method][seed], runs["ce"][seed], task.name) for seed in seeds]
-                    report(f"{model.name}, {task.name}: {method}", untrained, users, gains, seeds)
-            weights(task.name, runs)
+                    gains = [gains_of(runs[method][seed], runs["ce"][seed], task) for seed in seeds]
+                    report(f"{model}, {task}, learning rate {rate:g}: {method}", untrained, users, gains, seeds)
+            weights(task, runs)
 
 
-def find_runs(folder: Path, learning_rate: float) -> dict[str, dict[int, Path]]:
-    """Folders of finished runs at a learning rate and the default clip range, by method and seed."""
+def find_runs(steps: Steps, model: str, task: str, rate: float) -> dict[str, dict[int, Path]]:
+    """Folders of finished runs with the first clip range, by method and seed."""
     found: dict[str, dict[int, Path]] = defaultdict(dict)
-    for run in folder.iterdir():
-        match = re.fullmatch(r"(\w+)-lr([\d.e-]+)-clip0\.8-5-seed(\d+)", run.name)
-        if match and float(match[2]) == learning_rate and (run / folder.name / "scores" / "scores.jsonl").is_file():
-            found[match[1]][int(match[3])] = run
+    for cell, step in steps.train.items():
+        wanted = (cell.model, cell.task, cell.learning_rate, cell.clip) == (
+            model,
+            task,
+            rate,
+            steps.settings.clip_ranges[0],
+        )
+        if wanted and (step.folder / task / "scores" / "scores.jsonl").is_file():
+            found[cell.method][cell.seed] = step.folder
     return found
 
 
@@ -97,19 +104,13 @@ def report(title: str, untrained: list[dict], users: list, gains: list[list[np.n
             print(f"| {what.format(bounds)} | {inside.sum()} | {ratio(rows, chosen, users)} |")
 
 
-def ratio(rows: list[np.ndarray], chosen: list[np.ndarray], users: list, samples: int = 4000) -> str:
+def ratio(rows: list[np.ndarray], chosen: list[np.ndarray], users: list) -> str:
     """Mean over the chosen tokens and its interval over users."""
-    index = {user: number for number, user in enumerate(dict.fromkeys(users))}
-    sums, counts = np.zeros(len(index)), np.zeros(len(index))
-    for row, own, user in zip(rows, chosen, users, strict=True):
-        sums[index[user]] += row[own].sum()
-        counts[index[user]] += own.sum()
+    sums = np.array([row[own].sum() for row, own in zip(rows, chosen, strict=True)])
+    counts = np.array([own.sum() for own in chosen])
     if not counts.sum():
         return "–"
-    draws = np.random.default_rng(0).multinomial(len(index), np.full(len(index), 1 / len(index)), samples)
-    with np.errstate(invalid="ignore"):
-        means = (draws @ sums) / (draws @ counts)
-    low, high = np.nanquantile(means, [0.025, 0.975])
+    low, high = bootstrap_interval(ratio_values(sums, counts), users)
     return f"{sums.sum() / counts.sum():+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
