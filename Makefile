@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-oldest test-newest build chromium lint clean
+.PHONY: demo test test-oldest test-newest build fuzz chromium lint clean
 
 demo: $(VENV)/ready
 	@$(BIN)/python examples/demo.py
@@ -37,6 +37,12 @@ test-oldest:
 test-newest:
 	@: > .newest.txt
 	@$(MAKE) --no-print-directory VENV=.venv-newest CONSTRAINTS=.newest.txt test
+
+# Coverage-guided fuzzing of the code that finds personas; with FUZZ arguments of libFuzzer.
+FUZZ ?= -max_total_time=300
+fuzz: $(VENV)/ready
+	@[ -d .cache/atheris ] || $(PIP) --constraint constraints.txt --no-deps --target .cache/atheris atheris
+	@PYTHONPATH=.cache/atheris $(BIN)/python tests/fuzz_spans.py -max_len=400 -len_control=10 -print_final_stats=1 $(FUZZ)
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newest .oldest.txt .newest.txt .cache outputs dist build

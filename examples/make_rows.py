@@ -23,12 +23,11 @@ The second argument is the folder with the source's files, or `hub` for LongLaMP
 """
 
 import argparse
-import json
 import logging
 from pathlib import Path
 
 from trl_perce.benchmarks import histories, lamp, longlamp
-from trl_perce.files import written_whole
+from trl_perce.files import write_json_lines
 from trl_perce.history import HistoryRow, to_examples
 from trl_perce.retrieval import Retriever
 
@@ -76,9 +75,7 @@ def main() -> None:
     for split in args.splits:
         rows = load(args, split)
         path = args.output / f"{split}.jsonl"
-        with written_whole(path) as part, open(part, "w", encoding="utf-8") as out:
-            for example in to_examples(rows, retriever(rows)):
-                out.write(json.dumps(example, ensure_ascii=False) + "\n")
+        write_json_lines(path, to_examples(rows, retriever(rows)))
         print(f"{path}: {len(rows)} rows")
 
 

@@ -13,6 +13,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from servers import serving
+
 
 GOOD, READ_ONLY = "hf_goodgoodgood", "hf_readreadread"
 
@@ -204,10 +206,5 @@ ROUTES = [
 
 @pytest.fixture
 def hub():
-    server = HubServer()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(HubServer()) as server:
+        yield server

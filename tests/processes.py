@@ -1,8 +1,11 @@
 """Runs of the command line in processes of their own."""
 
 import os
+import resource
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import torch
 import yaml
@@ -23,6 +26,19 @@ def run(program, *arguments, timeout=300, **env) -> subprocess.CompletedProcess:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result
+
+
+@contextmanager
+def files_of_at_most(size: int):
+    """A limit on the size of files, in bytes, fails a write as a full disk does (with EFBIG, not ENOSPC)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def recipe(path, **values) -> str:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import urllib.request
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,16 +66,24 @@ class EchoHandler(BaseHTTPRequestHandler):
         pass
 
 
+@contextmanager
+def serving(server):
+    """Around what asks a server: it runs in a thread."""
+    with server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 @pytest.fixture
 def echo(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    server = EchoServer()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(EchoServer()) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from conftest import ROOT, make_tiny_model
+from rows import write_lines
 from servers import needs_openai, requests_of
 from trl_perce.benchmarks.aloe import (
     Aloe,
@@ -46,7 +47,7 @@ def data(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     for name, texts in {"profile": ["P1\n", "P2", "P3"], "personality": ["a", "b", "c", "d"]}.items():
-        (folder / f"{name}_eval.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+        write_lines(folder / f"{name}_eval.jsonl", texts)
     return folder
 
 

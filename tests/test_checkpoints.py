@@ -1,8 +1,6 @@
 """Only whole checkpoints are gone on from, and one that cannot be written leaves those before it."""
 
-import resource
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from conftest import make_tiny_model
+from processes import files_of_at_most
 from reference import make_rows
 from trl_perce import PerCETrainer
 from trl_perce.checkpoints import find_damage, last_whole_checkpoint
@@ -86,19 +85,21 @@ def test_a_damaged_checkpoint_that_is_asked_for_is_an_error(run, make_trainer):
         make_trainer().train(resume_from_checkpoint=str(run / "checkpoint-4"))
 
 
+def test_with_damaged_checkpoints_alone_none_is_taken(run, make_trainer):
+    for step in (2, 4, 6):
+        cut(run / f"checkpoint-{step}" / "optimizer.pt")
+    with pytest.raises(ValueError, match="no checkpoint in .*run is whole"):
+        make_trainer().train(resume_from_checkpoint=True)
+
+
 def test_a_full_disk(run, make_trainer):
-    """A limit on the size of files fails a write as a full disk does (with EFBIG, not ENOSPC)."""
     trainer = make_trainer(num_train_epochs=2)
     largest = max(file.stat().st_size for file in (run / "checkpoint-6").iterdir())
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, before[1]))
-    try:
-        with pytest.raises(OSError, match="The checkpoint of step 8 could not be written: .* one is .*checkpoint-6"):
-            trainer.train(resume_from_checkpoint=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    with (
+        files_of_at_most(largest // 2),
+        pytest.raises(OSError, match="The checkpoint of step 8 could not be written: .* one is .*checkpoint-6"),
+    ):
+        trainer.train(resume_from_checkpoint=True)
     assert last_whole_checkpoint(run)[0] == str(run / "checkpoint-6")
     trainer = make_trainer(num_train_epochs=2)
     trainer.train(resume_from_checkpoint=True)

@@ -16,6 +16,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 
 from conftest import GENERATION, ROOT, make_tiny_model
+from rows import write_lines, write_splits
 from servers import needs_openai
 from trl_perce.cli.main import main
 from trl_perce.files import find_shipped
@@ -74,10 +75,8 @@ def workspace(tmp_path, tiny_model, tokenizer, monkeypatch):
     (history,) = map(json.loads, blocks("examples/own_data.md", "json")[:1])
     histories = [{**history, "user": f"user {index}"} for index in range(6)]
     for folder, lines in (("data/product_review", rows), ("data/own", histories), ("my_data", histories)):
-        (tmp_path / folder).mkdir(parents=True)
-        for split in ("train", "test"):
-            (tmp_path / folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "my-secrets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_splits(tmp_path / folder, train=lines, test=lines)
+    write_lines(tmp_path / "my-secrets.jsonl", rows)
     (tmp_path / "me.txt").write_text("I sew my own dresses.")
     for name in ("my-adapter", "ce", "perce"):
         model = get_peft_model(make_tiny_model("llama"), LoraConfig(r=4, target_modules="all-linear"))

@@ -8,6 +8,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM
 
 from conftest import make_tiny_model
+from rows import write_lines, write_splits
 from servers import needs_openai
 from trl_perce import PerContrast, PerContrastConfig, TokenScores
 from trl_perce.cli.main import main
@@ -40,8 +41,7 @@ ROWS = [make_row(index) for index in range(6)]
 
 @pytest.fixture
 def data(tmp_path):
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return str(tmp_path / "rows.jsonl")
+    return write_lines(tmp_path / "rows.jsonl", ROWS)
 
 
 @pytest.fixture
@@ -165,12 +165,9 @@ def test_a_killed_step_goes_on(evaluate, tmp_path, capsys):
 
 def test_a_training_recipe_is_evaluated_on_its_test_split(evaluate, tmp_path, tiny_model):
     recipe = {"learning_rate": 1e-4, "use_peft": True, "num_processes": 2, "assistant_only_loss": False, "seed": 3}
-    (tmp_path / "data").mkdir()
-    for split, rows in (("train", ROWS[:3]), ("test", ROWS[3:])):
-        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe |= {
         "model_name_or_path": tiny_model,
-        "dataset_name": str(tmp_path / "data"),
+        "dataset_name": write_splits(tmp_path / "data", train=ROWS[:3], test=ROWS[3:]),
         "bf16": False,
         "use_cpu": True,
     }

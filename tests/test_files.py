@@ -1,11 +1,21 @@
 import json
+import socket
 import subprocess
 import sys
 
 import pytest
 
 from conftest import ROOT
-from trl_perce.files import read_lines, whole_lines, write_json, write_json_lines, write_text, written_whole
+from processes import files_of_at_most
+from trl_perce.files import (
+    is_disk_error,
+    read_lines,
+    whole_lines,
+    write_json,
+    write_json_lines,
+    write_text,
+    written_whole,
+)
 
 
 HOSTILE = "a\u2028b\x85c\ud83d \U0001f600 \0 é\r\nend"  # line ends that are none in JSON, half a character, a zero
@@ -20,6 +30,14 @@ def test_what_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_json_lines(path, [{"fine": 1}, {"not": object()}])
     assert path.read_text() == "old" and [file.name for file in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_disk_errors_are_told_from_others(tmp_path):
+    with files_of_at_most(1000), pytest.raises(OSError) as full:
+        write_text(tmp_path / "file.txt", "x" * 2000)
+    with pytest.raises(OSError) as refused:
+        socket.create_connection(("127.0.0.1", 9), timeout=5)
+    assert [is_disk_error(error) for error in (full.value, refused.value, ValueError())] == [True, False, False]
 
 
 def test_a_killed_writer_leaves_the_old_file(tmp_path):

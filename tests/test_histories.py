@@ -4,6 +4,7 @@ import logging
 import pytest
 
 from conftest import ROOT
+from rows import write_lines
 from trl_perce import PerCEConfig
 from trl_perce.benchmarks.histories import load
 from trl_perce.history import HistoryEntry, HistoryRow, to_example, to_examples
@@ -26,7 +27,7 @@ def folder(tmp_path):
     def write(train, test=None, validation=None):
         for name, records in (("train", train), ("test", test or train), ("validation", validation)):
             if records:
-                (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+                write_lines(tmp_path / f"{name}.jsonl", records)
         return tmp_path
 
     return write

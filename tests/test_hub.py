@@ -15,20 +15,14 @@ from transformers.utils.hub import hf_api
 from conftest import ROOT, make_tiny_model
 from hub_server import GOOD, READ_ONLY
 from processes import recipe
+from rows import make_chat_rows, write_splits
 from trl_perce import PerCETrainer, PerContrastCallback
 from trl_perce.cli.main import main
 from trl_perce.hub import UploadError, make_repo, upload_again
 
 
 pytest_plugins = ["hub_server"]
-ROWS = [
-    {
-        "persona": f"I am Zarquon the {index}th.",
-        "prompt": [{"role": "user", "content": f"Me: {{persona}}\nWhat should I buy, {index}?"}],
-        "completion": [{"role": "assistant", "content": f"A new set of needles, number {index}."}],
-    }
-    for index in range(12)
-]
+ROWS = make_chat_rows()
 # Loads an adapter by its name and answers, as the model card says
 USE = """
 import json, sys
@@ -38,7 +32,7 @@ from transformers import AutoTokenizer
 model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 prompt = tokenizer.apply_chat_template(
-    [{"role": "user", "content": "Me: I am Zarquon.\\nWhat should I buy, 3?"}],
+    [{"role": "user", "content": "About me: I am Zarquon.\\nWhat should I buy, number 3?"}],
     add_generation_prompt=True, return_tensors="pt", return_dict=True,
 )
 answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].size(1) :]
@@ -55,10 +49,11 @@ def environment(hub, tmp_path):
 
 @pytest.fixture
 def train_argv(tmp_path, tiny_model):
-    (tmp_path / "data").mkdir()
-    for split, rows in (("train", ROWS), ("test", ROWS[:3])):
-        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    values = {"model_name_or_path": tiny_model, "dataset_name": str(tmp_path / "data"), "push_to_hub": True}
+    values = {
+        "model_name_or_path": tiny_model,
+        "dataset_name": write_splits(tmp_path / "data", train=ROWS, test=ROWS[:3]),
+        "push_to_hub": True,
+    }
     values |= {"eval_strategy": "epoch", "num_train_epochs": 1}
     return ["train", "--config", recipe(tmp_path / "config.yaml", **values), "--output_dir", str(tmp_path / "adapter")]
 
@@ -95,7 +90,7 @@ def test_train_push_download_generate(hub, environment, train_argv, tmp_path):
     assert metrics["nll"] == round(last["eval_nll"], 4) and metrics["pir/mean"] == round(last["eval_pir/mean"], 4)
     for text in (
         'from_pretrained("tester/zarq"',
-        "<|im_start|>user\nMe: {persona}\nWhat should I buy, …?<|im_end|>",
+        "<|im_start|>user\nAbout me: {persona}\nWhat should I buy, number …?<|im_end|>",
         r"w_i = \mathrm{clip}(\mathrm{PIR}(y_i;\theta), 0.8, 5)",
         "| mean PIR (nats) |",
         "eprint        = {arXiv:2603.06595}",
@@ -189,7 +184,7 @@ def test_what_the_callback_shows_stays_here(online, make_args, tokenizer, tmp_pa
     trainer.push_to_hub()
     files = online.repos["tester/adapter"]
     assert any(name.startswith("runs/") for name in files) and "checkpoint-3/optimizer.pt" in files
-    assert not any(b"Zarquon" in data or b"needles, number" in data for data in files.values())
+    assert not any(b"Zarquon" in data or b"Quibbles, number" in data for data in files.values())
     assert "Zarquon" in (tmp_path / "adapter" / "_percontrast" / "step-3.html").read_text(encoding="utf-8")
 
 

@@ -6,6 +6,7 @@ from datetime import date
 import pytest
 
 from conftest import ROOT
+from rows import write_lines
 from trl_perce.benchmarks import lamp
 from trl_perce.benchmarks.reading import read_records
 from trl_perce.history import to_example
@@ -169,7 +170,7 @@ def test_submission_of_the_test_split(tmp_path):
         {"row": index, "id": row.id, "prediction": f"“{row.id}”\n"} for index, row in reversed([*enumerate(rows)])
     ]
     predictions = tmp_path / "predictions.jsonl"
-    predictions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(predictions, lines)
 
     path = tmp_path / "out" / "LaMP_7.json"
     lamp.write_submission(read_records(predictions), "LaMP_7", path, questions=file)

@@ -9,27 +9,18 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PromptTuningConfig
 
 from conftest import make_tiny_model
+from rows import make_chat_rows, write_lines
 from trl_perce import PerCETrainer
+from trl_perce.cli.main import main
 from trl_perce.model_card import prompt_format
-
-
-def rows(count=12, question="What should I buy, number {}?"):
-    return [
-        {
-            "persona": f"I am Zarquon the {index}th.",
-            "prompt": [{"role": "user", "content": "About me: {persona}\n" + question.format(index)}],
-            "completion": [{"role": "assistant", "content": f"Quibbles, number {index}."}],
-        }
-        for index in range(count)
-    ]
 
 
 @pytest.fixture
 def make_card(make_args, tokenizer, tmp_path):
     def make(data=None, peft_config=None, train=True, dataset_name=None, **kwargs):
         args = make_args(output_dir=str(tmp_path / "my-run"), max_length=None, **{"max_steps": 2, **kwargs})
-        data = Dataset.from_list(rows()) if data is None else data
-        evaluates = {"eval_dataset": Dataset.from_list(rows(3))} if kwargs.get("eval_strategy") else {}
+        data = Dataset.from_list(make_chat_rows()) if data is None else data
+        evaluates = {"eval_dataset": Dataset.from_list(make_chat_rows(3))} if kwargs.get("eval_strategy") else {}
         model = make_tiny_model("llama")
         trainer = PerCETrainer(
             model, args, None, data, processing_class=tokenizer, peft_config=peft_config, **evaluates
@@ -79,7 +70,7 @@ def test_other_runs(make_card, kind, tmp_path):
         "loss": {"peft_config": lora, "token_weighting": "loss", "weight_clip_min": 0.5},
         "uniform": {"peft_config": lora, "token_weighting": "uniform"},
         "sequence": {"peft_config": lora, "weight_normalization": "sequence", "weight_clip_max": 8.0},
-        "stream": {"peft_config": lora, "data": Dataset.from_list(rows()).to_iterable_dataset()},
+        "stream": {"peft_config": lora, "data": Dataset.from_list(make_chat_rows()).to_iterable_dataset()},
     }[kind]
     card, trainer = make_card(**kwargs)
     text = card.text
@@ -111,10 +102,10 @@ def test_a_card_before_training_and_a_local_dataset(make_card, tmp_path):
 @pytest.mark.parametrize(
     "data, shown",
     [
-        (rows(12), "About me: {persona}\nWhat should I buy, number …?<|im_end|>"),
-        (rows(12, "What now?"), "About me: {persona}\nWhat now?<|im_end|>"),  # one question, many personas
-        (rows(4), None),  # too few to tell what is shared from what is somebody's
-        ([row | {"persona": None} for row in rows(12)], None),
+        (make_chat_rows(12), "About me: {persona}\nWhat should I buy, number …?<|im_end|>"),
+        (make_chat_rows(12, "What now?"), "About me: {persona}\nWhat now?<|im_end|>"),  # one question, many personas
+        (make_chat_rows(4), None),  # too few to tell what is shared from what is somebody's
+        ([row | {"persona": None} for row in make_chat_rows(12)], None),
     ],
     ids=["questions", "one question", "few", "no personas"],
 )
@@ -125,3 +116,33 @@ def test_the_prompt_format_shows_what_is_shared(make_args, tokenizer, data, show
     found = prompt_format(prepared, tokenizer)
     assert found is None if shown is None else shown in found
     assert "Zarquon" not in json.dumps(found)
+
+
+def test_results_of_evaluate_go_into_the_card(make_card, tiny_model, tmp_path, capsys):
+    lora = LoraConfig(r=4, target_modules="all-linear")
+    card, trainer = make_card(peft_config=lora, eval_strategy="steps", eval_steps=2)
+    trainer.model.peft_config["default"].base_model_name_or_path = tiny_model
+    trainer.save_model()
+    trainer.create_model_card()
+    rows = write_lines(tmp_path / "rows.jsonl", make_chat_rows(3))
+    argv = ["evaluate", "--model_name_or_path", str(tmp_path / "my-run"), "--dataset_name", rows, "--metrics", "rouge"]
+    argv += ["--max_new_tokens", "4", "--output_dir", str(tmp_path / "evaluation"), "--update_model_card"]
+    for rows in ("2", "3"):
+        assert main([*argv, "--max_rows", rows, "--overwrite"]) == 0
+        metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["metrics"]
+        card = ModelCard.load(tmp_path / "my-run" / "README.md")
+        of_training, new = {}, {}
+        for result in card.data.eval_results:
+            (of_training if result.dataset_split is None else new)[result.metric_type] = result.metric_value
+        assert {*of_training} == {"nll", "loss", "pir/mean", "pir/personal_fraction"}
+        assert new == {name: round(entry["mean"], 4) for name, entry in metrics.items() if entry["mean"] is not None}
+        assert f"on {rows} rows of the split train (temperature 0.4" in card.text  # the only split of a file
+        assert card.text.count("## Evaluation of predictions") == card.text.count("`rougeL`") == 1
+        assert card.text.index("`rougeL`") < card.text.index("## Privacy")
+        assert not any(text in card.content for text in ("Zarquon", "Quibbles", str(tmp_path)))
+        assert card.data.model_name == "my-run" and card.data.library_name == "peft"
+    assert f"Model card: {tmp_path / 'my-run' / 'README.md'}" in capsys.readouterr().out
+    (tmp_path / "my-run" / "README.md").unlink()
+    with pytest.raises(SystemExit) as stopped:
+        main([*argv, "--overwrite"])
+    assert stopped.value.code == 2 and "`update_model_card`: there is no model card" in capsys.readouterr().err

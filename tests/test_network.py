@@ -12,17 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from conftest import ROOT
 from processes import recipe
+from rows import make_chat_rows, write_splits
 from trl_perce.cli.main import main
 
 
-ROWS = [
-    {
-        "persona": f"I am number {index} and I sew.",
-        "prompt": [{"role": "user", "content": "Me: {persona}\nWhat should I buy?"}],
-        "completion": [{"role": "assistant", "content": f"A new set of needles, number {index}."}],
-    }
-    for index in range(6)
-]
+ROWS = make_chat_rows(6)
 PROGRAM = """
 import json, sys
 
@@ -44,10 +38,7 @@ for argv in json.loads(sys.argv[1]):
 
 @pytest.fixture
 def data(tmp_path):
-    (tmp_path / "data").mkdir()
-    for split in ("train", "test"):
-        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return str(tmp_path / "data")
+    return write_splits(tmp_path / "data", train=ROWS, test=ROWS)
 
 
 def test_no_request_that_nobody_asked_for(tmp_path, tiny_model, data):

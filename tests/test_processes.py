@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from conftest import ROOT
 from processes import adapter_of, assert_same_adapter, recipe, run
 from reference import make_rows
+from rows import write_splits
 
 
 # `make test` puts DeepSpeed here, aside from the environment, where Accelerate would import it in every test
@@ -68,8 +69,7 @@ def make_config(tmp_path_factory, tiny_model):
     # some windows one of them has none
     folder = tmp_path_factory.mktemp("rows")
     rows = [row.tokenized() for row in make_rows(seed=21, count=16, with_persona=0.4)]
-    for split, chosen in (("train", rows), ("test", rows[:4])):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    write_splits(folder, train=rows, test=rows[:4])
 
     def make(**kwargs):
         values = {"model_name_or_path": tiny_model, "dataset_name": str(folder), "max_length": None}

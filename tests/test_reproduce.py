@@ -9,6 +9,7 @@ import sys
 import pytest
 import yaml
 
+from rows import write_lines
 from trl_perce.cli.main import main
 from trl_perce.reproduce.steps import prompt_lengths, read_log
 
@@ -39,7 +40,7 @@ def write_histories(folder, words, rows=6):
             }
             for index in range(rows)
         ]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_lines(folder / f"{split}.jsonl", lines)
     return {
         "benchmark": "histories",
         "path": str(folder),

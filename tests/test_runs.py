@@ -1,6 +1,5 @@
 """Whole runs: command line, resuming, adapters, NF4 on the real SmolLM2."""
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -14,26 +13,16 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from conftest import ROOT, make_tiny_model
 from processes import adapter_of, assert_same_adapter, recipe, run
 from reference import make_rows, reference
+from rows import make_chat_rows, write_lines, write_splits
 from trl_perce import PerCETrainer
 
 
-ROWS = [
-    {
-        "persona": f"I am number {i} and I {verb}.",
-        "prompt": [{"role": "user", "content": "Me: {persona}\nWhat should I buy?"}],
-        "completion": [{"role": "assistant", "content": f"A new set of {thing}, number {i}."}],
-    }
-    for i, (verb, thing) in enumerate([("sew dresses", "needles"), ("love linen", "linen"), ("bake", "trays")] * 4)
-]
+ROWS = make_chat_rows()
 
 
 @pytest.fixture
 def data_folder(tmp_path) -> str:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for split, rows in (("train", ROWS), ("test", ROWS[:3])):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(folder)
+    return write_splits(tmp_path / "data", train=ROWS, test=ROWS[:3])
 
 
 # ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -77,7 +66,7 @@ def test_the_command_line_trains_evaluates_and_saves(tmp_path, tiny_model, data_
 def test_a_recipe_of_trls_sft_runs_unchanged_with_uniform(tmp_path, tiny_model):
     # The kinds of keys that TRL's own SFT recipes have: packing, text data, a mixture
     data = tmp_path / "text.jsonl"
-    data.write_text("".join(json.dumps({"text": f"I sew dresses, number {i}. " * 3}) + "\n" for i in range(20)))
+    write_lines(data, ({"text": f"I sew dresses, number {i}. " * 3} for i in range(20)))
     values = {
         "model_name_or_path": tiny_model,
         "datasets": [{"path": "json", "data_files": str(data), "columns": ["text"]}],
@@ -236,7 +225,7 @@ def test_qlora_on_the_real_model(make_args, smollm2, tmp_path):
     trainer.save_model()
     base = AutoModelForCausalLM.from_pretrained(smollm2)  # the adapter goes on the base model in full precision too
     model = PeftModel.from_pretrained(base, str(tmp_path / "qlora"))
-    ids = trainer.processing_class("Me: I sew dresses.", return_tensors="pt")["input_ids"]
+    ids = trainer.processing_class("About me: I am Zarquon.", return_tensors="pt")["input_ids"]
     with torch.no_grad(), model.disable_adapter():
         plain = model(ids).logits
     with torch.no_grad():

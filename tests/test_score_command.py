@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import ROOT
 from processes import run
+from rows import write_lines
 from trl_perce import PerContrast, TokenScores
 from trl_perce.cli.main import main
 from trl_perce.score_file import ScoreFile
@@ -29,8 +30,7 @@ def make_row(index):
 
 @pytest.fixture
 def data(tmp_path):
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(make_row(index)) + "\n" for index in range(6)))
-    return str(tmp_path / "rows.jsonl")
+    return write_lines(tmp_path / "rows.jsonl", map(make_row, range(6)))
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_in_4_bits(smollm2, data, tmp_path):
 
 
 def test_a_killed_run_goes_on_where_it_stopped(tiny_model, tmp_path):
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(make_row(index)) + "\n" for index in range(600)))
+    write_lines(tmp_path / "rows.jsonl", map(make_row, range(600)))
 
     def argv(output):
         arguments = ["--model_name_or_path", tiny_model, "--dataset_name", str(tmp_path / "rows.jsonl"), "--use_cpu"]

@@ -1,8 +1,6 @@
 """Ctrl-C, SIGTERM and a disk that takes no more: a line that says how to go on, and nothing lost."""
 
-import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -11,25 +9,21 @@ import time
 import pytest
 
 from conftest import ROOT
-from processes import adapter_of, assert_same_adapter, recipe
+from processes import adapter_of, assert_same_adapter, files_of_at_most, recipe
+from rows import make_chat_rows, write_lines, write_splits
 from trl_perce.cli.main import main
 
 
-ROWS = [
-    {
-        "persona": f"I am number {index} and I sew.",
-        "prompt": [{"role": "user", "content": "Me: {persona}\nWhat should I buy?"}],
-        "completion": [{"role": "assistant", "content": f"A new set of needles, number {index}."}],
-    }
-    for index in range(12)
-]
+ROWS = make_chat_rows()
 
 
 @pytest.fixture
 def train_argv(tmp_path, tiny_model):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    values = {"model_name_or_path": tiny_model, "dataset_name": str(tmp_path / "data"), "num_train_epochs": 400}
+    values = {
+        "model_name_or_path": tiny_model,
+        "dataset_name": write_splits(tmp_path / "data", train=ROWS),
+        "num_train_epochs": 400,
+    }
     values |= {"save_strategy": "steps", "save_steps": 5, "save_total_limit": 3, "resume_from_checkpoint": True}
     return ["train", "--config", recipe(tmp_path / "config.yaml", **values), "--output_dir", str(tmp_path / "run")]
 
@@ -70,11 +64,8 @@ def test_a_disk_that_is_full_at_a_checkpoint(tmp_path, train_argv):
     assert main([*argv, "--max_steps", "6"]) == 0
     largest = max(file.stat().st_size for file in (tmp_path / "run" / "checkpoint-6").iterdir())
 
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
-
-    process = start(argv, preexec_fn=limit)
+    with files_of_at_most(largest // 2):  # inherited
+        process = start(argv)
     _, errors = process.communicate(timeout=120)
     last = errors.strip().splitlines()[-1]
     assert process.returncode == 1, errors
@@ -88,9 +79,8 @@ def test_a_disk_that_is_full_at_a_checkpoint(tmp_path, train_argv):
 def test_a_folder_that_cannot_be_written_to_is_told_first(tmp_path, tiny_model, capsys, monkeypatch, command):
     (tmp_path / "file").write_text("")
     folder = str(tmp_path / "file" / "out")
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    argv = ["--model_name_or_path", tiny_model, "--dataset_name", str(rows), "--output_dir", folder]
+    rows = write_lines(tmp_path / "rows.jsonl", ROWS)
+    argv = ["--model_name_or_path", tiny_model, "--dataset_name", rows, "--output_dir", folder]
     if command == "train":
         argv += ["--use_cpu", "true", "--bf16", "false"]
     if command == "aloe":
@@ -104,24 +94,29 @@ def test_a_folder_that_cannot_be_written_to_is_told_first(tmp_path, tiny_model, 
     assert f"{tmp_path / 'file'} is a file" in capsys.readouterr().err
 
 
+def test_a_checkpoint_that_is_not_there_is_told_before_a_model_loads(train_argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*train_argv, "--model_name_or_path", "no/model", "--resume_from_checkpoint", "nowhere/checkpoint-5"])
+    assert stopped.value.code == 2
+    assert (
+        "`resume_from_checkpoint`: nowhere/checkpoint-5 is not whole: there is no such folder."
+        in capsys.readouterr().err
+    )
+
+
 def test_scoring_that_meets_a_full_disk_keeps_what_it_has(tmp_path, tiny_model):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    argv = ["score", "--model_name_or_path", tiny_model, "--dataset_name", str(rows), "--score_batch_tokens", "64"]
+    rows = write_lines(tmp_path / "rows.jsonl", ROWS)
+    argv = ["score", "--model_name_or_path", tiny_model, "--dataset_name", rows, "--score_batch_tokens", "64"]
     assert main([*argv, "--output_dir", str(tmp_path / "whole")]) == 0
     size = (tmp_path / "whole" / "scores.jsonl").stat().st_size
 
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-
     argv += ["--output_dir", str(tmp_path / "out")]
-    process = start(argv, preexec_fn=limit)
+    with files_of_at_most(size // 2):
+        process = start(argv)
     _, errors = process.communicate(timeout=120)
     last = errors.strip().splitlines()[-1]
     assert process.returncode == 1, errors
     assert "trl-perce score: error: " in last and last.endswith("the same command goes on from there.")
     assert main(argv) == 0
-    names = ("scores.jsonl", "report.json", "report.md")
-    files = [[(tmp_path / folder / name).read_text() for name in names[:1]] for folder in ("whole", "out")]
-    assert files[0] == files[1]
+    whole, again = [(tmp_path / folder / "scores.jsonl").read_text() for folder in ("whole", "out")]
+    assert whole == again

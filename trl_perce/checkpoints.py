@@ -43,6 +43,8 @@ def find_damage(checkpoint: str | Path) -> str | None:
         `str` or `None`: What is wrong, for a message; `None` if the checkpoint is whole.
     """
     checkpoint = Path(checkpoint)
+    if not checkpoint.is_dir():
+        return "there is no such folder"
     if not (checkpoint / _STATE).is_file():
         return f"it has no {_STATE}"
     try:
@@ -56,6 +58,20 @@ def find_damage(checkpoint: str | Path) -> str | None:
         if path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
             return f"{path.relative_to(checkpoint)} is not whole"
     return None
+
+
+def check_whole(checkpoint: str | Path) -> None:
+    """
+    Raise on a checkpoint that a run cannot go on from.
+
+    Args:
+        checkpoint (`str` or `Path`): Its folder.
+
+    Raises:
+        `ValueError`: It is not there, or [`find_damage`] finds something.
+    """
+    if damage := find_damage(checkpoint):
+        raise ValueError(f"`resume_from_checkpoint`: {checkpoint} is not whole: {damage}.")
 
 
 def last_whole_checkpoint(folder: str | Path) -> tuple[str | None, list[str]]:

@@ -192,6 +192,9 @@ class PerCEConfig(SFTConfig):
                 f"`persona_start_marker` is {start!r} and `persona_end_marker` is {end!r}. Write two texts that are not "
                 "empty and of which none contains the other."
             )
+        # TRL's default stands under the name that Transformers 5.23 warns of, for everybody
+        if getattr(self, "activation_checkpointing", False) is None:
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
 
     def __getstate__(self):

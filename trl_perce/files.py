@@ -12,6 +12,7 @@
 
 """Files that are written whole or not at all, and files that grow by whole lines."""
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """
+    Tell a file that cannot be written (full disk, quota, limit, read-only, no permission) from what else an `OSError` may be.
+
+    Args:
+        error (`BaseException`): Any error.
+
+    Returns:
+        `bool`: Whether it is one.
+    """
+    return isinstance(error, OSError) and error.errno in _DISK_ERRORS
 
 
 @contextmanager

@@ -13,6 +13,7 @@
 import dataclasses
 from collections import defaultdict
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -22,7 +23,7 @@ from safetensors import SafetensorError
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
-from .checkpoints import CheckpointError, find_damage, last_whole_checkpoint
+from .checkpoints import CheckpointError, check_whole, last_whole_checkpoint
 from .checks import (
     chat_template,
     check_4bit_weights_trainable,
@@ -35,6 +36,7 @@ from .collator import DataCollatorForPerCE
 from .config import PerCEConfig, copy_config
 from .dataset import check_rendering, count_personas, mark_dataset, pack_dataset_with_mask, tokenize_with_mask
 from .estep import EStep
+from .files import is_disk_error
 from .finite_check import FiniteCheck
 from .fused_head import labelled_positions_only
 from .hub import UPLOAD_ERRORS, make_repo, upload_again, warn_if_failed
@@ -236,14 +238,18 @@ class PerCETrainer(SFTTrainer):
             self._signature_columns: list[str] = [*self._signature_columns, "persona_mask"]
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        if isinstance(resume_from_checkpoint, str) and (damage := find_damage(resume_from_checkpoint)):
-            raise ValueError(f"`resume_from_checkpoint`: {resume_from_checkpoint} is not whole: {damage}.")
+        if isinstance(resume_from_checkpoint, (str, Path)):
+            check_whole(resume_from_checkpoint)
         if resume_from_checkpoint is True:
             whole, damages = last_whole_checkpoint(self.args.output_dir)
             for damage in damages:
                 logger.warning(f"{damage}: it is passed over.")
-            # `True` where there is none: `Trainer` says so
-            resume_from_checkpoint = whole or True
+            if damages and whole is None:
+                raise ValueError(
+                    f"`resume_from_checkpoint=True`: no checkpoint in {self.args.output_dir} is whole. Train without it to "
+                    "start anew."
+                )
+            resume_from_checkpoint = whole or True  # `True` where there is none: `Trainer` says so
         if self.args.token_weighting == "perce" and self.args.counterfactual_refresh_epochs > 1:
             self._log_prob_store = self._e_step.store = LogProbStore(self.args.counterfactual_refresh_epochs)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -358,7 +364,7 @@ class PerCETrainer(SFTTrainer):
         try:
             return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
         except UPLOAD_ERRORS as error:
-            if self.hub_model_id is None:  # there is no repository yet
+            if self.hub_model_id is None or is_disk_error(error):  # there is no repository yet; saving failed
                 raise
             # Only the upload again: saving is done, and would want all processes
             return upload_again(error, self.hub_model_id, args, commit_message, token, revision)

@@ -13,7 +13,6 @@
 """What the commands share: the data that is loaded, and arguments that are checked before it."""
 
 import difflib
-import errno
 import os
 import signal
 import sys
@@ -23,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..files import find_shipped
+from ..files import find_shipped, is_disk_error, read_yaml
 
 
 # Suffix of a data file → builder of `datasets`
@@ -37,7 +36,6 @@ MODEL_SETTINGS = [
     *("bnb_4bit_quant_type", "use_bnb_nested_quant"),
 ]
 # A disk that takes no more: full, over the quota, a file too large, read-only, not ours
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 
 
 class Terminated(KeyboardInterrupt):
@@ -70,7 +68,7 @@ def explain_stops(program: str, next_step: Callable[[], str]) -> Iterator[None]:
             print(f"\n{program}: stopped by {what}. {next_step()}", file=sys.stderr)
         raise SystemExit(code) from None
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if not is_disk_error(error):
             raise
         print(f"{program}: error: {error}. {next_step()}", file=sys.stderr)
         raise SystemExit(1) from error
@@ -204,8 +202,6 @@ def _is_path(name: str) -> bool:
 
 def check_config_keys(parser, argv: list[str]) -> None:
     """Raise on an unknown key of the YAML file. Ahead of the parser, which would first complain of the values."""
-    from trl_perce.files import read_yaml
-
     if "--config" not in argv[:-1]:
         return
     config = read_yaml(argv[argv.index("--config") + 1])

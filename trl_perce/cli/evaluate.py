@@ -53,6 +53,12 @@ def make_parser():
             metadata={"help": "Split to evaluate on. Defaults to `dataset_test_split`, a recipe's 'test'."},
         )
         max_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows only."})
+        update_model_card: bool = field(
+            default=False,
+            metadata={
+                "help": "Write the results into README.md, the model card, in the model's or adapter's folder, too."
+            },
+        )
 
     return TrlParser(
         (EvaluateArguments, EvaluationArguments, GenerationArguments, ModelConfig, DatasetMixtureConfig),
@@ -90,13 +96,14 @@ def run(argv: list[str]) -> int:
         evaluation = _make_evaluation(script_args, options, args, model_args, dataset_args)
     except (ValueError, TypeError, OSError, ImportError) as error:  # `OSError`: there is no such file, or model
         parser.exit(2, f"trl-perce evaluate: error: {error}\n")
-    _run(parser, evaluation)
+    _run(parser, evaluation, script_args.update_model_card)
     return 0
 
 
 def _make_evaluation(script_args, options, args, model_args, dataset_args):
     from trl import get_quantization_config
 
+    from trl_perce.evaluation.card import find_card
     from trl_perce.evaluation.evaluate import Evaluation
     from trl_perce.loading import find_adapter
 
@@ -108,6 +115,8 @@ def _make_evaluation(script_args, options, args, model_args, dataset_args):
         args.model_init_kwargs["quantization_config"] = quantization
     rows, split = load_split(script_args, dataset_args, script_args.dataset_test_split, or_only=True)
     base, adapter = find_adapter(model_args.model_name_or_path, script_args.adapter)
+    if script_args.update_model_card:
+        find_card(adapter or base)
     settings = {
         "model": base,
         "adapter": adapter,
@@ -118,11 +127,12 @@ def _make_evaluation(script_args, options, args, model_args, dataset_args):
     return Evaluation(base, None, rows, args.output_dir, args, options, settings, adapter, say=print)
 
 
-def _run(parser, evaluation) -> None:
+def _run(parser, evaluation, updates_card: bool) -> None:
     from rich.console import Console
 
     from trl_perce import PersonaError
     from trl_perce.endpoint import EndpointError
+    from trl_perce.evaluation.card import find_card, update_model_card
     from trl_perce.evaluation.report import print_result
 
     try:
@@ -136,3 +146,7 @@ def _run(parser, evaluation) -> None:
     names = ["predictions.jsonl", "metrics.jsonl", "metrics.json", "report.md"]
     folder = Path(evaluation.folder)
     console.print(f"Written to {folder}: {', '.join(names)}", markup=False, soft_wrap=True)
+    if updates_card:
+        card = find_card(evaluation.adapter or evaluation.base)
+        update_model_card(card, result)
+        console.print(f"Model card: {card}", markup=False, soft_wrap=True)

@@ -63,6 +63,8 @@ def run(argv: list[str]) -> int:
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
     from trl.cli.commands.training import _subtract_subsequence
 
+    from trl_perce.checkpoints import check_whole
+
     parser = make_parser()
     try:
         check_config_keys(parser, argv)
@@ -73,6 +75,8 @@ def run(argv: list[str]) -> int:
         check_rest(parser, launch_args)
         check_script_args(script_args, model_args, dataset_args)
         check_writable(training_args.output_dir)
+        if not _goes_on_by_itself(training_args) and training_args.resume_from_checkpoint:
+            check_whole(training_args.resume_from_checkpoint)
     except (ValueError, TypeError, OSError) as error:
         parser.exit(2, f"trl-perce train: error: {error}\n")
 
@@ -137,7 +141,7 @@ def main(script_args, training_args, model_args, dataset_args):
     )
 
     checkpoint = training_args.resume_from_checkpoint
-    if str(checkpoint).lower() == "true":
+    if _goes_on_by_itself(training_args):
         checkpoint, damages = last_whole_checkpoint(training_args.output_dir)
         trainer.accelerator.print(
             *(f"{damage}: it is passed over." for damage in damages),
@@ -168,6 +172,11 @@ def end(trainer) -> None:
             # Gloo's thread needs the GIL to drop its last tensors. If the group's destructor, which waits for that thread
             # and holds the GIL, came first, both would wait forever (torch 2.13): let the thread go ahead.
             time.sleep(1)
+
+
+def _goes_on_by_itself(training_args) -> bool:
+    """Whether a run takes its last checkpoint, if it has one."""
+    return str(training_args.resume_from_checkpoint).lower() == "true"
 
 
 def _is_one_process() -> bool:

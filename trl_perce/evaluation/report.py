@@ -96,7 +96,7 @@ def _cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         head += ["baseline", "difference", "95 % interval", "p"]
     lines = []
     for name, entry in result["metrics"].items():
-        line = [name, _number(entry["mean"]), _interval(entry["interval"]), str(entry["rows"])]
+        line = [name, number_text(entry["mean"]), interval_text(entry["interval"]), str(entry["rows"])]
         if tests is not None:
             test = tests.get(name)
             line += ["", "", "", ""] if test is None else _test_cells(entry["mean"], test)
@@ -106,7 +106,12 @@ def _cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _test_cells(mean: float, test: dict[str, Any]) -> list[str]:
     difference = test["difference"]
-    return [_number(mean - difference), f"{difference:+.3f}", _interval(test["interval"]), f"{test['p_value']:.3f}"]
+    return [
+        number_text(mean - difference),
+        f"{difference:+.3f}",
+        interval_text(test["interval"]),
+        f"{test['p_value']:.3f}",
+    ]
 
 
 def _remarks(result: dict[str, Any]) -> list[str]:
@@ -142,11 +147,11 @@ def _remarks(result: dict[str, Any]) -> list[str]:
     return remarks
 
 
-def _number(value: float | None) -> str:
+def number_text(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _interval(interval: list[float] | None) -> str:
+def interval_text(interval: list[float] | None) -> str:
     return "" if interval is None else f"[{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
