@@ -16,10 +16,10 @@ Kill the commands again and again with SIGKILL, start them anew, and see whether
     python examples/crashes.py --kills 20            # some 40 minutes on 2 cores
 
 A tiny model with random weights (two layers of SmolLM2's shape, with its tokenizer) answers the persona questions that come with
-the package. Of each command, a first run is left alone. Then the same command is started and killed at a random moment of its
-work, with all its processes, and started again, until it comes to its end, and all over until there were enough kills. Compared
-are, to the bit: of `train` the adapter and the logged losses, of `score` the scores of each row, of `evaluate` each prediction and
-the metrics, of `reproduce` all figures of all tables.
+the package. Of each command, a first run is left alone. Then the same command is started and killed at a random moment between
+that at which the first run began to write and its end, with all its processes, and started again, until it comes to its end, and all
+over until there were enough kills. Compared are, to the bit: of `train` the adapter and the logged losses, of `score` the scores of each
+row, of `evaluate` each prediction and the metrics, of `reproduce` all figures of all tables but the seconds of trainings.
 """
 
 import os
@@ -47,10 +47,21 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from smollm2 import ensure_smollm2
+from trl_perce.files import read_lines, write_json_lines
 
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "trl_perce" / "benchmarks" / "data" / "persona_qa"
+# Of all trainings
+TRAINING = {
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "logging_steps": 1,
+    "max_length": 512,
+    "per_device_train_batch_size": 2,
+    "save_strategy": "steps",
+    "use_cpu": True,
+}
 
 
 @dataclass
@@ -59,12 +70,10 @@ class Scenario:
     Attributes:
         argv: Of the command, given its output folder.
         result: What must be the same, read from the folder.
-        begun: Whether the work has begun (imports are over), so that kills fall into it.
     """
 
     argv: Callable[[Path], list[str]]
     result: Callable[[Path], Any]
-    begun: Callable[[Path], bool]
 
 
 def main() -> None:
@@ -95,40 +104,37 @@ def main() -> None:
 def try_scenario(scenario: Scenario, folder: Path, kills: int, rng: random.Random) -> tuple[int, int, int, int]:
     """Kills, runs to the end, those of them that ended as the undisturbed run did, `.part` files that lie around."""
     whole = folder / "whole"
-    seconds = run(scenario, whole)
+    begin, end = run(scenario, whole)
     expected = scenario.result(whole)
     killed = ended = same = 0
     while killed < kills:
         disturbed = folder / f"disturbed-{ended}"
-        while True:
-            # Short moments, so that many fit into one run, and some in which it goes far
-            moment = rng.uniform(0, seconds) * rng.random()
-            if run(scenario, disturbed, moment if killed < kills else None) is None:
-                killed += 1
-            else:
-                break
+        while run(scenario, disturbed, rng.uniform(begin, end) if killed < kills else None) is None:
+            killed += 1
         ended += 1
         same += scenario.result(disturbed) == expected
     return killed, ended, same, len([*folder.rglob("*.part")])
 
 
-def run(scenario: Scenario, folder: Path, moment: float | None = None) -> float | None:
-    """Run it; kill it so many seconds after its work began. Returns the seconds of its work, or `None` if it was killed."""
+def run(scenario: Scenario, folder: Path, moment: float | None = None) -> tuple[float, float] | None:
+    """
+    Run it; kill it so many seconds after its start. Returns the seconds at which it had its folder, and all, or `None` if it was
+    killed.
+    """
     log = folder.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    known = scenario.begun(folder)  # of an earlier run
     with open(log, "a") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "trl_perce", *scenario.argv(folder)],
             **{"cwd": ROOT, "stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True},
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-    started = begun = time.monotonic()
+    started, begun = time.monotonic(), None
     while process.poll() is None:
-        now = time.monotonic()
-        if not known and scenario.begun(folder):
-            known, begun = True, now
-        if known and moment is not None and now - begun > moment:
+        seconds = time.monotonic() - started
+        if begun is None and folder.exists():
+            begun = seconds
+        if moment is not None and seconds > moment:
             # Workers of `accelerate launch` have sessions of their own
             for one in [*psutil.Process(process.pid).children(recursive=True), process]:
                 one.send_signal(signal.SIGKILL)
@@ -136,10 +142,9 @@ def run(scenario: Scenario, folder: Path, moment: float | None = None) -> float 
             return None
         time.sleep(0.01)
     if process.returncode != 0:
-        raise SystemExit(
-            f"{log}: the command failed with {process.returncode}, {time.monotonic() - started:.0f} s after its start"
-        )
-    return time.monotonic() - begun
+        raise SystemExit(f"{log}: the command failed with {process.returncode}")
+    seconds = time.monotonic() - started
+    return (seconds if begun is None else begun), seconds
 
 
 def make_scenarios(folder: Path) -> dict[str, Scenario]:
@@ -150,20 +155,21 @@ def make_scenarios(folder: Path) -> dict[str, Scenario]:
         lines = (DATA / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
         (rows / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     shared = ["--model_name_or_path", model, "--dataset_name", str(rows)]
+    small, short = ["--score_batch_tokens", "256"], ["--max_new_tokens", "64"]  # many batches, little to generate
 
     def train(*options: str) -> Callable[[Path], list[str]]:
-        settings = {
-            **{
-                "use_peft": True,
-                "lora_r": 4,
-                "lora_target_modules": "all-linear",
-                "lora_dropout": 0.0,
-                "use_cpu": True,
-            },
-            **{"bf16": False, "gradient_checkpointing": False, "report_to": "none", "learning_rate": 1.0e-3},
-            **{"num_train_epochs": 5, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-            **{"save_strategy": "steps", "save_steps": 3, "save_total_limit": 2, "logging_steps": 1},
-            **{"resume_from_checkpoint": True, "max_length": 512},
+        settings = TRAINING | {
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1.0e-3,
+            "lora_dropout": 0.0,
+            "lora_r": 4,
+            "lora_target_modules": "all-linear",
+            "num_train_epochs": 5,
+            "report_to": "none",
+            "resume_from_checkpoint": True,
+            "save_steps": 3,
+            "save_total_limit": 2,
+            "use_peft": True,
         }
         path = folder / "train.yaml"
         path.write_text(yaml.safe_dump(settings))
@@ -174,71 +180,41 @@ def make_scenarios(folder: Path) -> dict[str, Scenario]:
         losses = [log["loss"] for log in state["log_history"] if "loss" in log]
         return losses, {name: value.tolist() for name, value in load_file(out / "adapter_model.safetensors").items()}
 
-    def lines(path: Path, *leave_out: str) -> list[dict[str, Any]]:
-        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return sorted(
-            ({k: v for k, v in line.items() if k not in leave_out} for line in found), key=lambda line: line["row"]
-        )
+    def lines(path: Path) -> list[dict[str, Any]]:
+        return sorted(read_lines(path), key=lambda line: line["row"])
 
+    lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
+    histories = {"benchmark": "histories", "format": "rows", "path": str(make_histories(folder / "histories"))}
+    sizes = {"train_rows": 16, "test_rows": 6, "validation_rows": 4, "retrieval": {"method": "recency", "k": 1}}
     grid = {
-        "models": {
-            "tiny": {"model_name_or_path": model, "use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
-        },
-        "tasks": {
-            "questions": {
-                **{"benchmark": "histories", "format": "rows", "path": str(make_histories(folder / "histories"))},
-                **{"train_rows": 16, "test_rows": 6, "validation_rows": 4, "retrieval": {"method": "recency", "k": 1}},
-            }
-        },
-        **{"methods": ["ce", "perce"], "seeds": [0, 1], "learning_rates": [1.0e-3]},
-        "training": {
-            **{
-                "use_cpu": True,
-                "bf16": False,
-                "gradient_checkpointing": False,
-                "num_train_epochs": 1,
-                "logging_steps": 1,
-            },
-            **{"max_length": 512, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2},
-        },
+        "output_dir": "unused",
+        "models": {"tiny": {"model_name_or_path": model, **lora}},
+        "tasks": {"questions": histories | sizes},
+        "methods": ["ce", "perce"],
+        "seeds": [0, 1],
+        "learning_rates": [1.0e-3],
+        "training": TRAINING | {"num_train_epochs": 1, "save_steps": 2},
         "evaluation": {"max_new_tokens": 16, "metrics": ["rouge"]},
     }
-    (folder / "grid.yaml").write_text(yaml.safe_dump({"output_dir": "unused", **grid}))
+    (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
     return {
-        "train": Scenario(train(), trained, lambda out: out.exists()),
-        "train, 2 processes": Scenario(train("--num_processes", "2"), trained, lambda out: out.exists()),
+        "train": Scenario(train(), trained),
+        "train, 2 processes": Scenario(train("--num_processes", "2"), trained),
         "score": Scenario(
-            lambda out: [
-                "score",
-                *shared,
-                "--output_dir",
-                str(out),
-                "--use_cpu",
-                "true",
-                "--score_batch_tokens",
-                "256",
-            ],
+            lambda out: ["score", *shared, "--output_dir", str(out), "--use_cpu", "true", *small],
             lambda out: lines(out / "scores.jsonl"),
-            lambda out: (out / "scores.jsonl").exists(),
         ),
         "evaluate": Scenario(
-            lambda out: [
-                "evaluate",
-                *shared,
-                "--output_dir",
-                str(out),
-                "--metrics",
-                "rouge",
-                "--max_new_tokens",
-                "64",
-            ],
+            lambda out: ["evaluate", *shared, "--output_dir", str(out), "--metrics", "rouge", *short],
             lambda out: (lines(out / "predictions.jsonl"), json.loads((out / "metrics.json").read_text())["metrics"]),
-            lambda out: (out / "predictions.jsonl").exists(),
         ),
         "reproduce": Scenario(
             lambda out: ["reproduce", "--config", str(folder / "grid.yaml"), "--output_dir", str(out)],
-            lambda out: json.loads((out / "records.json").read_text()),
-            lambda out: out.exists(),
+            lambda out: [
+                record
+                for record in json.loads((out / "records.json").read_text())
+                if not record["metric"].endswith("runtime")
+            ],
         ),
     }
 
@@ -264,7 +240,7 @@ def make_histories(folder: Path) -> Path:
             }
             for user in range(users)
         ]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_json_lines(folder / f"{split}.jsonl", rows)
     return folder
 
 

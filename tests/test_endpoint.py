@@ -10,6 +10,9 @@ import time
 import traceback
 
 import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from conftest import ROOT
 from servers import needs_openai, requests_of, user
@@ -190,6 +193,30 @@ def test_real_builder(server, smollm2, tmp_path):
     assert all(item["reason"] and item["reply"] and item["persona"] in personas for item in built.rejected)
     assert build_rows(personas, Endpoint(url, smollm2, **options), questions=2) == built
     assert requests_of(log) == before + 4
+
+
+def test_a_merged_adapter_is_served(server, tiny_model, tokenizer, tmp_path):
+    url, _ = server
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)  # as after training: not nothing
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config).save_pretrained(tmp_path / "adapter")
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    prompt = tokenizer.apply_chat_template(
+        user("I sew.\nWhat now?"), add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    options = {"max_new_tokens": 12, "do_sample": False}
+
+    def answer():
+        reply = model.generate(**prompt, **options)[0, prompt["input_ids"].size(1) :]
+        return tokenizer.decode(reply, skip_special_tokens=True)
+
+    tuned = answer()
+    with model.disable_adapter():
+        assert tuned and tuned != answer()
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    (served,) = Endpoint(url, str(tmp_path / "merged"), max_tokens=12).ask([user("I sew.\nWhat now?")])
+    assert served == tuned
 
 
 def test_real_server_without_the_model(server, tmp_path):

@@ -13,11 +13,19 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from conftest import ROOT, make_tiny_model
 from processes import adapter_of, assert_same_adapter, recipe, run
 from reference import make_rows, reference
-from rows import make_chat_rows, write_lines, write_splits
+from rows import write_lines, write_splits
 from trl_perce import PerCETrainer
 
 
-ROWS = make_chat_rows()
+# That a real model, too, finds the personas in the responses
+ROWS = [
+    {
+        "persona": f"I am number {i} and I {verb}.",
+        "prompt": [{"role": "user", "content": "Me: {persona}\nWhat should I buy?"}],
+        "completion": [{"role": "assistant", "content": f"A new set of {thing}, number {i}."}],
+    }
+    for i, (verb, thing) in enumerate([("sew dresses", "needles"), ("love linen", "linen"), ("bake", "trays")] * 4)
+]
 
 
 @pytest.fixture
@@ -225,7 +233,7 @@ def test_qlora_on_the_real_model(make_args, smollm2, tmp_path):
     trainer.save_model()
     base = AutoModelForCausalLM.from_pretrained(smollm2)  # the adapter goes on the base model in full precision too
     model = PeftModel.from_pretrained(base, str(tmp_path / "qlora"))
-    ids = trainer.processing_class("About me: I am Zarquon.", return_tensors="pt")["input_ids"]
+    ids = trainer.processing_class("Me: I sew dresses.", return_tensors="pt")["input_ids"]
     with torch.no_grad(), model.disable_adapter():
         plain = model(ids).logits
     with torch.no_grad():
