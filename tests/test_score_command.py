@@ -135,7 +135,7 @@ def test_in_4_bits(smollm2, data, tmp_path):
 
 
 def test_a_killed_run_goes_on_where_it_stopped(tiny_model, tmp_path):
-    write_lines(tmp_path / "rows.jsonl", map(make_row, range(600)))
+    write_lines(tmp_path / "rows.jsonl", map(make_row, range(200)))
 
     def argv(output):
         arguments = ["--model_name_or_path", tiny_model, "--dataset_name", str(tmp_path / "rows.jsonl"), "--use_cpu"]
@@ -151,20 +151,20 @@ def test_a_killed_run_goes_on_where_it_stopped(tiny_model, tmp_path):
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     *lines, torn = part.read_text(encoding="utf-8").split("\n")
-    assert 20 <= len(lines) < 600 and not (tmp_path / "killed" / "scores.jsonl").exists()
+    assert 20 <= len(lines) < 200 and not (tmp_path / "killed" / "scores.jsonl").exists()
     # A finished row that is told by its persona, and a line that was torn
     first = json.loads(lines[0])
     lines[0] = json.dumps({**first, "persona": "from the first run"})
-    part.write_text("\n".join(lines) + "\n" + (torn or '{"row": 599, "per'), encoding="utf-8")
+    part.write_text("\n".join(lines) + "\n" + (torn or '{"row": 199, "per'), encoding="utf-8")
 
     result = run("trl-perce", "score", *argv("killed"))
     assert (
         f"{len(lines)} rows are scored already." in result.stdout
-        and f"Scored {600 - len(lines)} rows" in result.stdout
+        and f"Scored {200 - len(lines)} rows" in result.stdout
     )
     assert main(["score", *argv("whole")]) == 0
     resumed, whole = rows_of(tmp_path / "killed"), rows_of(tmp_path / "whole")
-    assert [row["row"] for row in resumed] == [*range(600)]
+    assert [row["row"] for row in resumed] == [*range(200)]
     assert resumed[first["row"]]["persona"] == "from the first run"
     assert not part.exists()
     for row, expected in zip(
