@@ -18,6 +18,7 @@ tokenization (`add_persona_mask`).
 import copy
 import json
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,7 @@ def count_personas(dataset, name: str, args, required: bool) -> int:
     examples: Iterable[dict[str, Any]]
     streaming = isinstance(dataset, IterableDataset)
     if streaming:
-        examples = list(dataset.take(_SAMPLE))
+        examples = list(islice(dataset, _SAMPLE))
         rows = len(examples)
     else:  # read no more than what tells, in batches, which is much faster
         columns = [column for column in (SPANS_COLUMN, "persona_mask") if column in dataset.column_names]
@@ -166,7 +167,7 @@ def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, chat
     Raises:
         `PersonaError`: The chat template loses the persona.
     """
-    for index, example in enumerate(dataset.take(_SAMPLE)):
+    for index, example in enumerate(islice(dataset, _SAMPLE)):
         spans = _spans(example)
         if spans:
             with _naming_row(name, index):

@@ -157,6 +157,8 @@ def load_split(script_args, dataset_args, default: str, or_only: bool = False):
     Raises:
         `ValueError`: There is no such split; the message names those that there are.
     """
+    from datasets import Dataset
+
     splits = load_data(script_args, dataset_args)
     split = script_args.dataset_split or default
     if or_only and split not in splits and script_args.dataset_split is None and len(splits) == 1:
@@ -166,7 +168,10 @@ def load_split(script_args, dataset_args, default: str, or_only: bool = False):
             f"The dataset has no split {split!r}; it has {', '.join(map(repr, splits))}. Set `dataset_split`."
         )
     dataset, rows = splits[split], script_args.max_rows
-    return (dataset if rows is None else dataset.take(rows)), split
+    if rows is not None:
+        # `datasets` 4.7 takes no more rows from a table than there are
+        dataset = dataset.take(min(rows, len(dataset)) if isinstance(dataset, Dataset) else rows)
+    return dataset, split
 
 
 def _builder(path: Path) -> str | None:
