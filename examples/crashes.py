@@ -52,6 +52,7 @@ from trl_perce.files import read_lines, write_json_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "trl_perce" / "benchmarks" / "data" / "persona_qa"
+DDP = ROOT / "recipes" / "accelerate_configs" / "ddp.yaml"
 # Of all trainings
 TRAINING = {
     "bf16": False,
@@ -128,7 +129,7 @@ def run(scenario: Scenario, folder: Path, moment: float | None = None) -> tuple[
         process = subprocess.Popen(
             [sys.executable, "-m", "trl_perce", *scenario.argv(folder)],
             **{"cwd": ROOT, "stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True},
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         )
     started, begun = time.monotonic(), None
     while process.poll() is None:
@@ -200,7 +201,7 @@ def make_scenarios(folder: Path) -> dict[str, Scenario]:
     (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
     return {
         "train": Scenario(train(), trained),
-        "train, 2 processes": Scenario(train("--num_processes", "2"), trained),
+        "train, 2 processes": Scenario(train("--num_processes", "2", "--accelerate_config", str(DDP)), trained),
         "score": Scenario(
             lambda out: ["score", *shared, "--output_dir", str(out), "--use_cpu", "true", *small],
             lambda out: lines(out / "scores.jsonl"),

@@ -28,6 +28,20 @@ def run(program, *arguments, timeout=300, **env) -> subprocess.CompletedProcess:
     return result
 
 
+def start(argv, preexec_fn=None, **env) -> subprocess.Popen:
+    """Start `trl-perce` in a session of its own, from the root of the repository."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "trl_perce", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        start_new_session=True,
+        preexec_fn=preexec_fn,
+    )
+
+
 @contextmanager
 def files_of_at_most(size: int):
     """A limit on the size of files, in bytes, fails a write as a full disk does (with EFBIG, not ENOSPC)."""

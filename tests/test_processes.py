@@ -10,11 +10,12 @@ import socket
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
 from conftest import ROOT
-from processes import adapter_of, assert_same_adapter, recipe, run
+from processes import adapter_of, assert_same_adapter, recipe, run, start
 from reference import make_rows
 from rows import write_splits
 
@@ -143,6 +144,21 @@ def test_two_processes_resume_on_one_and_back(tmp_path, make_config):
         for name in ("loss", "pir/mean", "counterfactual/token_ratio"):
             assert other.get(name) == pytest.approx(log.get(name), rel=1e-4), name
         assert (log["counterfactual/token_ratio"] > 0) == (log["epoch"] <= 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_workers_end_with_a_launcher_that_is_killed(tmp_path, make_config):
+    launch, env = two_processes("ddp")
+    argv = ["train", "--config", make_config(), "--accelerate_config", *launch]
+    process = start([*argv, "--output_dir", str(tmp_path), "--save_strategy", "no", "--num_train_epochs", "500"], **env)
+    next(line for line in process.stdout if "'loss'" in line)
+    children = psutil.Process(process.pid).children(recursive=True)
+    workers = [child for child in children if "trl_perce.cli.train" in child.cmdline()]
+    assert len(workers) == 2
+    process.kill()
+    process.communicate(timeout=30)
+    gone, _ = psutil.wait_procs(workers, timeout=10)
+    assert len(gone) == 2
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_zero3"])

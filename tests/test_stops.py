@@ -2,14 +2,12 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from conftest import ROOT
-from processes import adapter_of, assert_same_adapter, files_of_at_most, recipe
+from processes import adapter_of, assert_same_adapter, files_of_at_most, recipe, start
 from rows import make_chat_rows, write_lines, write_splits
 from trl_perce.cli.main import main
 
@@ -30,13 +28,6 @@ def train_argv(tmp_path, tiny_model):
 
 def hear_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # where the tests run in the background it is ignored
-
-
-def start(argv, **kwargs):
-    program = [sys.executable, "-m", "trl_perce", *argv]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(program, cwd=ROOT, env=env, text=True, start_new_session=True, **pipes, **kwargs)
 
 
 @pytest.mark.parametrize("number, code, name", [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])

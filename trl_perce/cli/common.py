@@ -77,6 +77,17 @@ def explain_stops(program: str, next_step: Callable[[], str]) -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
+def end_with_parent() -> None:
+    """
+    Have Linux kill this process when the one that started it ends. A worker whose launcher was killed would go on alone, and write
+    into the folder of the run that is started anew. Elsewhere nothing happens.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+
+
 def check_writable(folder: str | Path) -> None:
     """
     Raise if nothing can be written to `output_dir`. Makes nothing.

@@ -26,6 +26,7 @@ from .common import (
     check_script_args,
     check_writable,
     disable_progress_bars,
+    end_with_parent,
     explain_stops,
     load_data,
     model_init_kwargs,
@@ -192,6 +193,8 @@ def _main_exit_code(script_args, training_args, *args) -> int:
     from trl_perce.checkpoints import CheckpointError
     from trl_perce.hub import UploadError
 
+    if __name__ == "__main__" or "LOCAL_RANK" in os.environ:  # started by a launcher
+        end_with_parent()
     try:
         with explain_stops("trl-perce train", lambda: _where_to_go_on(training_args)):
             main(script_args, training_args, *args)
