@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from conftest import ROOT
@@ -71,6 +71,7 @@ def test_shipped_rows_are_accepted():
         ({"keywords": ["needle"]}, "keyword not in the answer"),
         ({"keywords": ["wool"]}, "keyword not in the answer"),
         ({"answer": "Take needles, thin Needles, and linen."}, "keyword more than once in the answer"),
+        ({"answer": "Take the cat's needles and linen.", "keywords": ["cat's", "cat"]}, "keyword inside of another"),
         ({"question": "Which Needles should I buy?"}, "keyword in the question"),
     ],
 )
@@ -113,6 +114,7 @@ TEXT = st.lists(st.sampled_from(["Sun", "sun", "sunny", "cat's", "T-rex", "tea,"
 @given(
     TEXT, TEXT, st.lists(st.sampled_from(["sun", "Sunny", "cat's", "cat", "T-rex", "rex", "tea", "é", "two words"]))
 )
+@example("Sun?", "It is all about my cat's", ["cat's", "cat"])
 def test_accepted_items_hold_what_the_data_promises(question, answer, keywords):
     try:
         question, answer, words = check_item({"question": question, "answer": answer, "keywords": keywords})

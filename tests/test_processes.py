@@ -150,7 +150,9 @@ def test_two_processes_resume_on_one_and_back(tmp_path, make_config):
 def test_workers_end_with_a_launcher_that_is_killed(tmp_path, make_config):
     launch, env = two_processes("ddp")
     argv = ["train", "--config", make_config(), "--accelerate_config", *launch]
-    process = start([*argv, "--output_dir", str(tmp_path), "--save_strategy", "no", "--num_train_epochs", "500"], **env)
+    process = start(
+        [*argv, "--output_dir", str(tmp_path), "--save_strategy", "no", "--num_train_epochs", "500"], **env
+    )
     next(line for line in process.stdout if "'loss'" in line)
     children = psutil.Process(process.pid).children(recursive=True)
     workers = [child for child in children if "trl_perce.cli.train" in child.cmdline()]

@@ -119,7 +119,7 @@ def test_variance_of_seeds_and_users():
     def residual(*factors):
         columns = [np.ones(48)] + [factor == level for factor in factors for level in np.unique(factor)]
         design = np.stack(columns, axis=1).astype(float)
-        return ((values.ravel() - design @ np.linalg.lstsq(design, values.ravel())[0]) ** 2).sum()
+        return ((values.ravel() - design @ np.linalg.lstsq(design, values.ravel(), rcond=None)[0]) ** 2).sum()
 
     seeds, users = np.repeat(np.arange(4), 12), np.tile(np.arange(12), 4)
     rest = residual(seeds, users)

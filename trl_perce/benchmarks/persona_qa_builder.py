@@ -20,6 +20,7 @@ import random
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,8 @@ def check_item(item: dict[str, Any]) -> tuple[str, str, list[str]]:
     Raises:
         `RejectedItem`: A field is missing, of another type or empty; the answer has fewer than 5 or more than 20 words; a
             keyword is no single word, is not in the answer as a whole word, is in it more than once (so that nobody knows
-            which one is meant) or is in the question; a text holds a mark of the trainer's (`{persona}`, `<persona>`).
+            which one is meant), is in the question or is a part of another one ("cat" of "cat's"); a text holds a mark of the
+            trainer's (`{persona}`, `<persona>`).
     """
     question, answer, keywords = (item.get(name) for name in ("question", "answer", "keywords"))
     if not (isinstance(question, str) and isinstance(answer, str) and isinstance(keywords, list)):
@@ -237,6 +239,8 @@ def check_item(item: dict[str, Any]) -> tuple[str, str, list[str]]:
         if find_word(keyword.strip(), question, re.IGNORECASE):
             raise RejectedItem("keyword in the question")
         spans.update(found)
+    if any(end > start for (_, end), (start, _) in pairwise(sorted(spans))):
+        raise RejectedItem("keyword inside of another")
     return question, answer, [answer[start:end] for start, end in sorted(spans)]
 
 

@@ -137,7 +137,7 @@ def load_data(script_args, dataset_args):
             kwargs = {"delimiter": "\t"} if ".tsv" in path.suffixes else {}
             return load_dataset(_builder(path), data_files=str(path), streaming=streaming, **kwargs)
         return load_dataset(str(path) if path.is_dir() else name, name=script_args.dataset_config, streaming=streaming)
-    except DatasetGenerationError as error:
+    except (DatasetGenerationError, ValueError) as error:  # `ValueError`: of a line that is cut, with `datasets` 4.7
         raise ValueError(f"`dataset_name`: {_why_unreadable(path, error)}") from error
 
 
