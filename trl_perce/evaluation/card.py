@@ -97,15 +97,17 @@ def _section(result: dict[str, Any], about: dict[str, Any]) -> str:
         f"{escape(NOTES.get(name.removeprefix('swapped/'), ''))} |"
         for name, entry in result["metrics"].items()
     ]
-    judge = f" Judge: {escape(result['judge']['model'])}." if result["judge"] is not None else ""
+    what = f"{result['rows']} rows"
+    if about["dataset_type"] != "custom":
+        what += f" of {escape(about['dataset_name'])}"
+    if about["dataset_split"]:
+        what += f" of the split {escape(about['dataset_split'])}"
+    judge = result["judge"]["model"] if result["judge"] is not None else None
     parts = [
         _BEGIN,
         "## Evaluation of predictions",
-        f"By `trl-perce evaluate` on {result['rows']} rows"
-        + (f" of {escape(dataset)}" if (dataset := about["dataset_name"]) == about["dataset_type"] else "")
-        + (f" of the split {escape(about['dataset_split'])}" if about["dataset_split"] else "")
-        + (f" ({how})" if how else "")
-        + f". Intervals over users, or rows.{judge}",
+        f"By `trl-perce evaluate` on {what} ({how}). Intervals over users, or rows."
+        + (f" Judge: {escape(Path(judge).name if Path(judge).exists() else judge)}." if judge else ""),
         "\n".join(["| metric | mean | 95 % interval | rows | |", "|---|---:|---:|---:|---|", *lines]),
         _END,
     ]
