@@ -19,14 +19,14 @@ ROWS = Dataset.from_list([row.tokenized() for row in make_rows(seed=22, count=12
 
 @pytest.fixture
 def make_trainer(make_args, tokenizer, tmp_path):
-    def make(**kwargs):
+    def make(lora_dropout=0.0, **kwargs):
         options = {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2, "num_train_epochs": 1}
         return PerCETrainer(
             make_tiny_model("qwen3"),
-            make_args(output_dir=str(tmp_path / "run"), max_length=None, **options | kwargs),
+            make_args(max_length=None, **options | {"output_dir": str(tmp_path / "run")} | kwargs),
             train_dataset=ROWS,
             processing_class=tokenizer,
-            peft_config=LoraConfig(r=4, target_modules="all-linear"),
+            peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=lora_dropout),
         )
 
     return make
@@ -83,6 +83,22 @@ def test_a_damaged_checkpoint_that_is_asked_for_is_an_error(run, make_trainer):
     cut(run / "checkpoint-4" / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="checkpoint-4 is not whole: adapter_model.safetensors is not whole"):
         make_trainer().train(resume_from_checkpoint=str(run / "checkpoint-4"))
+
+
+@pytest.mark.parametrize("weighting", ["perce", "uniform"])
+def test_dropout_goes_on_where_it_was(make_trainer, tmp_path, weighting):
+    """In the middle of an epoch (step 4 of 6) and at its end: the E-step draws first."""
+
+    def trained(name, **kwargs):
+        options = {"lora_dropout": 0.3, "token_weighting": weighting, "num_train_epochs": 2}
+        trainer = make_trainer(output_dir=str(tmp_path / name), **options)
+        trainer.train(**kwargs)
+        logs = [{key: log.get(key) for key in ("loss", "pir/mean")} for log in trainer.state.log_history]
+        return logs[:-1], (tmp_path / name / "checkpoint-12" / "adapter_model.safetensors").read_bytes()
+
+    whole = trained("run")
+    for step in (4, 6):
+        assert trained(str(step), resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}")) == whole
 
 
 def test_with_damaged_checkpoints_alone_none_is_taken(run, make_trainer):

@@ -48,6 +48,19 @@ def test_the_window_is_gathered_before_its_first_step():
     assert "self.model_wrapped = model" in text, transformers_hint("which model is trained (model_wrapped)")
 
 
+def test_the_random_state_is_loaded_after_the_window_is_gathered():
+    # trainer.py `_load_rng_state` is called ahead of the E-step, and once
+    assert list(inspect.signature(Trainer._load_rng_state).parameters) == ["self", "checkpoint"]
+    text = source(Trainer._run_epoch)
+    assert text.count("self._load_rng_state(resume_from_checkpoint)") == 2, transformers_hint(
+        "_load_rng_state's calls"
+    )
+    gathered, loaded = text.index("self.get_batch_samples("), text.rindex("self._load_rng_state(")
+    assert gathered < loaded < text.index("for i, inputs in enumerate(batch_samples):"), transformers_hint(
+        "where the random state is loaded"
+    )
+
+
 def test_evaluation_does_not_gather_windows():
     # trainer.py `compute_loss` runs the E-step itself on a batch that comes from elsewhere
     assert "get_batch_samples" not in source(Trainer.evaluation_loop), transformers_hint("evaluation_loop")

@@ -1,5 +1,6 @@
 """Ctrl-C, SIGTERM and a disk that takes no more: a line that says how to go on, and nothing lost."""
 
+import json
 import os
 import signal
 import time
@@ -47,6 +48,22 @@ def test_training_that_is_stopped_says_where_it_goes_on(tmp_path, train_argv, nu
     )
     checkpoint = last.removesuffix(".").split()[-1]
     assert os.path.isfile(os.path.join(checkpoint, "trainer_state.json")) and "Traceback" not in errors
+
+
+def test_a_run_that_was_killed_before_its_last_evaluation(tmp_path, train_argv):
+    argv = [*train_argv, "--num_train_epochs", "2", "--save_steps", "6", "--eval_strategy", "epoch"]
+    argv += ["--dataset_test_split", "train"]
+
+    def evaluations():
+        history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+        return [(log["step"], log["eval_loss"], log["eval_pir/mean"]) for log in history if "eval_loss" in log]
+
+    assert main(argv) == 0
+    whole = evaluations()
+    assert [step for step, *_ in whole] == [6, 12]
+    (tmp_path / "run" / "trainer_state.json").unlink()
+    assert main(argv) == 0  # from the last step's checkpoint, which is written before the epoch's evaluation
+    assert evaluations() == whole
 
 
 def test_a_disk_that_is_full_at_a_checkpoint(tmp_path, train_argv):

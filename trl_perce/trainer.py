@@ -208,6 +208,7 @@ class PerCETrainer(SFTTrainer):
         self._log_prob_store: LogProbStore | None = None
         self._finite_check = FiniteCheck(self.accelerator, args.on_nonfinite, self.train_dataset)
         self._uploads: WeakSet[Future] = WeakSet()  # in the background
+        self._rng_checkpoint: str | Path | None = None  # whose random state is still to be loaded
         # Sums over trained tokens, one tensor a micro-batch; their ratios are logged
         self._token_sums: dict[str, list[torch.Tensor]] = defaultdict(list)
 
@@ -252,18 +253,27 @@ class PerCETrainer(SFTTrainer):
             resume_from_checkpoint = whole or True  # `True` where there is none: `Trainer` says so
         if self.args.token_weighting == "perce" and self.args.counterfactual_refresh_epochs > 1:
             self._log_prob_store = self._e_step.store = LogProbStore(self.args.counterfactual_refresh_epochs)
+        self._rng_checkpoint = resume_from_checkpoint if isinstance(resume_from_checkpoint, (str, Path)) else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._finite_check.start(batches)
         if self.args.token_weighting == "perce" and batches:
+            if self._rng_checkpoint is not None:
+                self._load_rng_state(self._rng_checkpoint)
             # E-step, with the parameters and in the mode of the M-step
             self.model_wrapped.train()
             self.optimizer.train()
             with self.compute_loss_context_manager():
                 self._e_step(self.model_wrapped, batches, epoch=int(self.state.epoch))
         return batches, num_items_in_batch
+
+    def _load_rng_state(self, checkpoint):
+        # `Trainer` loads it after the E-step, whose dropout has drawn by then: once is enough, before it
+        if checkpoint is not None and self._rng_checkpoint is not None:
+            super()._load_rng_state(checkpoint)
+            self._rng_checkpoint = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.args.token_weighting == "uniform":

@@ -150,6 +150,10 @@ def main(script_args, training_args, model_args, dataset_args):
             sep="\n",
         )
     trainer.train(resume_from_checkpoint=checkpoint)
+    if training_args.eval_strategy == "epoch" and not any(
+        "eval_loss" in log and log["step"] == trainer.state.global_step for log in trainer.state.log_history
+    ):
+        trainer.evaluate()  # the run was killed between its last checkpoint and the end of the epoch
     trainer.accelerator.print("✅ Training completed.")
     trainer.save_model(training_args.output_dir)
     trainer.save_state()
