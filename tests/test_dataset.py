@@ -1,6 +1,7 @@
 """Every dataset type of TRL's SFT: TRL's own tokens and labels, and a mask that holds exactly the persona."""
 
 import copy
+import json
 import logging
 import subprocess
 import sys
@@ -212,32 +213,36 @@ def test_a_second_start_finds_the_cache(tmp_path, tokenizer):
     Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
 
-    def files_after_start_of_a_process(*options) -> dict[str, int]:
+    def files_of_a_process(*max_lengths) -> list[dict[str, int]]:
+        """After each trainer that it makes."""
         script = f"""
-import sys
+import json, pathlib, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from conftest import make_tiny_model
 from datasets import load_from_disk
 from transformers import AutoTokenizer
 from trl_perce import PerCEConfig, PerCETrainer
 
-trainer = PerCETrainer(
-    make_tiny_model("llama"),
-    PerCEConfig("{tmp_path}/out", use_cpu=True, bf16=False, report_to="none", {", ".join(options)}),
-    train_dataset=load_from_disk("{tmp_path}/rows"),
-    processing_class=AutoTokenizer.from_pretrained("{tmp_path}/tokenizer"),
-)
-assert len(trainer.train_dataset) == 20 and max(trainer.train_dataset[3]["persona_mask"]) == 1
+for max_length in {max_lengths}:
+    trainer = PerCETrainer(
+        make_tiny_model("llama"),
+        PerCEConfig("{tmp_path}/out", use_cpu=True, bf16=False, report_to="none", max_length=max_length),
+        train_dataset=load_from_disk("{tmp_path}/rows"),
+        processing_class=AutoTokenizer.from_pretrained("{tmp_path}/tokenizer"),
+    )
+    assert len(trainer.train_dataset) == 20 and max(trainer.train_dataset[3]["persona_mask"]) == 1
+    files = pathlib.Path("{tmp_path}/rows").glob("cache-*.arrow")
+    print("files", json.dumps({{path.name: path.stat().st_mtime_ns for path in files}}))
 """
         result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
         assert result.returncode == 0, result.stderr
-        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "rows").glob("cache-*.arrow")}
+        return [json.loads(line[6:]) for line in result.stdout.splitlines() if line.startswith("files ")]
 
-    first = files_after_start_of_a_process("max_length=30")
+    (first,) = files_of_a_process(30)
     assert len(first) == 5  # marked, ended with EOS, tokenized, labelled, masked: nothing is left for TRL to truncate
-    assert files_after_start_of_a_process("max_length=30") == first
+    again, other = files_of_a_process(30, 25)
+    assert again == first
     # Masked (trimmed) anew, the rest is the same
-    other = files_after_start_of_a_process("max_length=25")
     assert first.items() < other.items() and len(other) == len(first) + 1
 
 

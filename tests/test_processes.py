@@ -10,12 +10,11 @@ import socket
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 from safetensors.torch import load_file
 
 from conftest import ROOT
-from processes import adapter_of, assert_same_adapter, recipe, run, start
+from processes import adapter_of, assert_same_adapter, recipe, run
 from reference import make_rows
 from rows import write_splits
 
@@ -146,32 +145,22 @@ def test_two_processes_resume_on_one_and_back(tmp_path, make_config):
         assert (log["counterfactual/token_ratio"] > 0) == (log["epoch"] <= 1)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-def test_workers_end_with_a_launcher_that_is_killed(tmp_path, make_config):
-    launch, env = two_processes("ddp")
-    argv = ["train", "--config", make_config(), "--accelerate_config", *launch]
-    process = start(
-        [*argv, "--output_dir", str(tmp_path), "--save_strategy", "no", "--num_train_epochs", "500"], **env
-    )
-    next(line for line in process.stdout if "'loss'" in line)
-    children = psutil.Process(process.pid).children(recursive=True)
-    workers = [child for child in children if "trl_perce.cli.train" in child.cmdline()]
-    assert len(workers) == 2
-    process.kill()
-    process.communicate(timeout=30)
-    gone, _ = psutil.wait_procs(workers, timeout=10)
-    assert len(gone) == 2
+@pytest.fixture(scope="module")
+def callback_on_one(tmp_path_factory, make_config):
+    """What the callback logged on one process, and how it was started."""
+    config, folder = make_config(eval_strategy="epoch"), tmp_path_factory.mktemp("callback")
+    arguments = [str(ROOT / "tests" / "train_with_callback.py"), "--config", config, "--per_device_train_batch_size"]
+    run("python", *arguments, "4", "--output_dir", str(folder))
+    return json.loads((folder / "percontrast.json").read_text()), arguments
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_zero3"])
-def test_the_callback_scores_a_model_in_parts(tmp_path, make_config, strategy):
-    config = make_config(eval_strategy="epoch")
-    arguments = [str(ROOT / "tests" / "train_with_callback.py"), "--config", config, "--per_device_train_batch_size"]
-    run("python", *arguments, "4", "--output_dir", str(tmp_path / "one"))
+def test_the_callback_scores_a_model_in_parts(tmp_path, callback_on_one, strategy):
+    one, arguments = callback_on_one
     launch, env = two_processes(strategy)
     launch = ["launch", "--config_file", *launch]
     run("accelerate", *launch, *arguments, "2", "--output_dir", str(tmp_path / "two"), timeout=240, **env)
-    one, two = (json.loads((tmp_path / name / "percontrast.json").read_text()) for name in ("one", "two"))
+    two = json.loads((tmp_path / "two" / "percontrast.json").read_text())
     assert [log["step"] for log in one] == [log["step"] for log in two] == [0, 2, 4]
     assert one[0]["percontrast/pir_mean"] != pytest.approx(one[-1]["percontrast/pir_mean"], abs=1e-4)
     for log, other in zip(one, two, strict=True):

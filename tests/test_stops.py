@@ -3,8 +3,11 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 
 from conftest import ROOT
@@ -48,6 +51,22 @@ def test_training_that_is_stopped_says_where_it_goes_on(tmp_path, train_argv, nu
     )
     checkpoint = last.removesuffix(".").split()[-1]
     assert os.path.isfile(os.path.join(checkpoint, "trainer_state.json")) and "Traceback" not in errors
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_worker_ends_with_its_launcher(train_argv):
+    worker = [sys.executable, "-m", "trl_perce.cli.train", *train_argv[1:]]  # as `accelerate launch` starts it
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", *worker],
+        **{"stdout": subprocess.PIPE, "text": True, "cwd": ROOT, "start_new_session": True},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    next(line for line in launcher.stdout if "'loss'" in line)
+    (process,) = psutil.Process(launcher.pid).children()
+    launcher.kill()
+    launcher.communicate(timeout=30)
+    gone, _ = psutil.wait_procs([process], timeout=10)
+    assert len(gone) == 1
 
 
 def test_a_run_that_was_killed_before_its_last_evaluation(tmp_path, train_argv):
