@@ -40,7 +40,7 @@ def one_sgd_step(make_args, tokenizer, kind, rows, **kwargs):
         },
         **kwargs,
     )
-    gradients = {name: before[name] - value for name, value in model.state_dict().items()}
+    gradients = {name: before[name] - value.cpu() for name, value in model.state_dict().items()}
     return trainer.state.log_history[0], gradients
 
 

@@ -16,8 +16,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from bitsandbytes.nn import Linear4bit
-from peft import PromptLearningConfig
+from peft import PeftModel, PromptLearningConfig
 from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
 from trl.trainer.utils import get_config_model_id
 
@@ -149,6 +150,28 @@ def keep_4bit_weights_trainable_on_cpu(model) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def make_trainable_in_fp16(model) -> None:
+    """
+    Put the weights that are trained into float32, since the gradient scaler of `fp16` takes no others. TRL (1.16) casts a quantized
+    model's adapters to bfloat16, which a card without bfloat16 could not train.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): As `SFTTrainer` has set it up.
+
+    Raises:
+        `ValueError`: It has no adapter, and is not in float32: casting it would double its memory unasked.
+    """
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    for name, weight in trained:
+        if weight.dtype != torch.float32 and not isinstance(model, PeftModel):
+            raise ValueError(
+                f"`fp16=True` trains with a gradient scaler, which takes weights in float32, and {name!r} is in "
+                f"{str(weight.dtype).removeprefix('torch.')}. Set `dtype='float32'`, train an adapter (`use_peft`), or set "
+                "`bf16=True` instead."
+            )
+        weight.data = weight.data.float()
 
 
 def check_4bit_weights_trainable(model) -> None:

@@ -81,9 +81,8 @@ class FiniteCheck:
             `FloatingPointError`: With `action="stop"`, or where too many steps in a row were left out. The message names the rows.
         """
         device = self.accelerator.device
-        found = (
-            torch.stack([bad.any() for bad in self._bad]).any() if self._bad else torch.tensor(False, device=device)
-        )
+        # The head, and so the log-probabilities, may be on another device (`device_map`)
+        found = torch.stack([torch.tensor(False, device=device), *(bad.any().to(device) for bad in self._bad)]).any()
         # With fp16 the gradient overflows now and then: its scaler leaves the step out and scales less
         if self.accelerator.scaler is None:
             norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else torch.as_tensor(grad_norm)

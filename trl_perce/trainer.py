@@ -31,6 +31,7 @@ from .checks import (
     is_prepared_by_trl,
     keep_4bit_weights_trainable_on_cpu,
     load_tokenizer,
+    make_trainable_in_fp16,
 )
 from .collator import DataCollatorForPerCE
 from .config import PerCEConfig, copy_config
@@ -195,6 +196,8 @@ class PerCETrainer(SFTTrainer):
                     f"`token_weighting='{args.token_weighting}'` does not go with context or sequence parallelism, which cut "
                     "rows apart. Set `cp_size` and `sp_size` to 1, or `token_weighting='uniform'`."
                 )
+        if args.fp16:
+            make_trainable_in_fp16(self.model)
         check_4bit_weights_trainable(self.model)
         keep_4bit_weights_trainable_on_cpu(self.model)
 
@@ -308,7 +311,7 @@ class PerCETrainer(SFTTrainer):
             weights = entropy_weights(outputs.entropy[scored], *bounds)
         else:
             paired = _like(scored, has_counterfactual)[scored]  # the k-th has the k-th counterfactual log-probability
-            pir = personal_influence_ratio(log_probs[paired], counterfactual_log_probs)
+            pir = personal_influence_ratio(log_probs[paired], counterfactual_log_probs.to(log_probs.device))
             weights[paired] = perce_weights(pir, *bounds)
 
         mode = "train" if self.model.training else "eval"
@@ -418,8 +421,9 @@ class PerCETrainer(SFTTrainer):
 
 
 def _like(scored: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    # Scores are of the next token: one column less than tokens. Virtual tokens (prompt tuning) come before.
-    return torch.nn.functional.pad(tokens, (scored.size(1) - tokens.size(1), 0))
+    # Scores are of the next token: one column less than tokens. Virtual tokens (prompt tuning) come before. The head, and so the
+    # scores, may be on another device than the inputs (`device_map`).
+    return torch.nn.functional.pad(tokens.to(scored.device), (scored.size(1) - tokens.size(1), 0))
 
 
 def _mark_and_count(dataset, name: str, args: PerCEConfig, formatting_func):

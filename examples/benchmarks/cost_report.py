@@ -98,26 +98,6 @@ def markdown(report: dict) -> str:
     return "\n".join(lines)
 
 
-def markdown_of_largest(largest: list[dict]) -> str:
-    """The largest personas as Markdown."""
-    lines = [
-        "# The largest persona that trains",
-        "",
-        "In tokens, PerCE (`drop`), one row at a time, with gradient checkpointing. The memory is what PyTorch may allocate; the "
-        "CUDA context comes on top.",
-        "",
-        "| model | base weights | question | response | memory GB | persona | device | date |",
-        "|---|---|---:|---:|---:|---:|---|---|",
-    ]
-    for entry in largest:
-        settings, environment = entry["settings"], entry["environment"]
-        persona = "does not fit" if entry["persona"] is None else f"{entry['persona']}"
-        fields = [settings["model"], settings["quantization"], settings["question"], settings["response"]]
-        fields += [settings["memory_gb"], persona, environment["device"], environment["date"]]
-        lines.append("| " + " | ".join(map(str, fields)) + " |")
-    return "\n".join([*lines, ""])
-
-
 def plot(report: dict, folder: Path) -> list[Path]:
     """
     Draw one picture for each model and kind of base weights: above, the ratio of step times against the persona's length,

@@ -13,16 +13,24 @@
 """Step times and peak memory of TRL's SFT and of PerCE, on one model that both train in turn."""
 
 import ctypes
+import datetime
 import gc
+import importlib.metadata
+import logging
 import re
+import shlex
+import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import torch
+import transformers
 from datasets import Dataset
 from peft import PeftModel
 from tokenizers import Tokenizer, models
@@ -33,6 +41,8 @@ from flops import Row
 from trl_perce import PerCEConfig, PerCETrainer
 
 
+# `trl_perce` is ours: where it is only on the path, it has no metadata
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 # What each PerCE variant says to `PerCEConfig`; "sft" is TRL's own trainer
 VARIANTS: dict[str, dict | None] = {
     "sft": None,
@@ -57,6 +67,7 @@ class Run:
         steps_per_epoch (`int`): Optimizer steps of an epoch.
         epochs (`int`): Epochs over the same rows.
         counterfactual_batch_tokens (`int` or `str`, *optional*): As in [`PerCEConfig`]; its default if `None`.
+        fp16 (`bool`, *optional*, defaults to `False`): Autocast to float16 with a gradient scaler, instead of to bfloat16.
     """
 
     row: Row
@@ -66,6 +77,7 @@ class Run:
     steps_per_epoch: int
     epochs: int
     counterfactual_batch_tokens: int | str | None = None
+    fp16: bool = False
 
 
 class StepTimes(TrainerCallback):
@@ -89,6 +101,42 @@ class StepTimes(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         started, self.ended = self.ended, self._now()
         self.epochs[-1].append(self.ended - started)
+
+
+def within_memory(function, *arguments):
+    """What the function returns, or `None` if it runs out of memory."""
+    result = None
+    try:
+        result = function(*arguments)
+    except (torch.OutOfMemoryError, MemoryError):
+        pass
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # PyTorch's words on CPU
+            raise
+    return result
+
+
+def environment() -> dict:
+    """Where and with what it is measured."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        device = f"{found[1] if found else 'CPU'}, {torch.get_num_threads()} threads"
+    return {
+        "device": device,
+        "date": datetime.date.today().isoformat(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def be_quiet() -> None:
+    """Nothing on the screen but what is measured."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("trl_perce").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)  # names that TRL and transformers are about to change
 
 
 def reset_peak_memory(device: str) -> None:
@@ -173,7 +221,8 @@ def train(model: PeftModel, variant: str, run: Run, device: str) -> tuple[list[l
             "gradient_checkpointing": run.checkpointing,
             "num_train_epochs": run.epochs,
             "max_length": None,
-            "bf16": True,
+            "bf16": not run.fp16,
+            "fp16": run.fp16,
             "use_cpu": device == "cpu",
             "logging_strategy": "no",
             "save_strategy": "no",

