@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config
 from trl import SFTConfig, SFTTrainer
 
 import trl_perce.trainer
-from conftest import make_tiny_model
+from conftest import TINY_CONFIGS, make_tiny_model
 from reference import make_rows, reference, response_log_probs
 from test_packing import LAYOUTS, pir_by_row
 from test_trainer import assert_close, one_sgd_step, record_pir, to_dataset
@@ -105,7 +105,7 @@ def test_16_bits_are_the_formula_up_to_their_rounding(make_args, tokenizer, monk
     # Two layers of some six matrix products each, every one rounded; log-probabilities of two passes
     rounding = float(logits.abs().max()) * 2.0 ** (-8 if precision == "bf16" else -11)
     error = (pir - exact).abs()
-    assert error.mean() < rounding and error.max() < 8 * rounding
+    assert error.mean() < 2 * rounding and error.max() < 8 * rounding
     assert losses(trainer)[0] == pytest.approx(expected.loss, rel=0.02 if precision == "bf16" else 0.004)
 
 
@@ -117,9 +117,9 @@ def test_fp16_trains_as_float32_does(make_args, tokenizer):
     for fp16 in (False, True):
         trainer = make_trainer(make_args, tokenizer, make_tiny_model("llama"), rows, fp16=fp16, **options)
         trainer.train()
-        runs[fp16] = losses(trainer)
-    # The scaler leaves out its first steps, until its scale fits
-    assert runs[False][-1] < 0.8 * runs[False][0] and runs[True][-1] < 0.85 * runs[True][0]
+        runs[fp16] = [log["nll"] for log in trainer.state.log_history if "nll" in log]
+    # The scaler may leave out its first steps, until its scale fits
+    assert runs[False][-1] < 0.7 * runs[False][0] and runs[True][-1] < 0.75 * runs[True][0]
     assert runs[True][0] == pytest.approx(runs[False][0], rel=0.004)
 
 
@@ -160,8 +160,9 @@ def test_pir_is_the_same_in_every_layout(make_args, tokenizer, monkeypatch, atte
     found = {}
     for name, layout in LAYOUTS.items():
         recorded = record_pir(monkeypatch)
-        model = make_tiny_model("qwen3")
-        model.set_attn_implementation(attention)
+        torch.manual_seed(0)
+        config = copy.deepcopy(TINY_CONFIGS["qwen3"])  # which the models of a kind share, attention and all
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
         options = {"per_device_train_batch_size": 9, "num_train_epochs": 1, "learning_rate": 0.0, **layout}
         trainer = make_trainer(
             make_args, tokenizer, model, rows, counterfactual=counterfactual, **precision, **options

@@ -23,11 +23,12 @@ from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 
+from . import __version__
 from .files import write_text
 
 
 _TEMPLATE = Path(__file__).with_name("model_card.md")
-_PACKAGES = ("trl_perce", "trl", "transformers", "peft", "torch", "datasets")
+_PACKAGES = ("trl", "transformers", "peft", "torch", "datasets")
 # Metrics of the log, and what they are
 _STATISTICS = {
     "pir/mean": "mean PIR (nats)",
@@ -104,7 +105,8 @@ def write_model_card(trainer, model_name: str | None, dataset_name: str | None) 
         settings=_settings(trainer),
         prompt_format=prompt_format(trainer.train_dataset, trainer.processing_class),
         paper=trainer._paper,
-        versions=[(package, version(package)) for package in _PACKAGES],
+        # Ours has no metadata where it is only on the path
+        versions=[("trl_perce", __version__), *((package, version(package)) for package in _PACKAGES)],
     )
     card.content = re.sub(r"\n{3,}", "\n\n", card.content)
     write_text(folder / "README.md", card.content)

@@ -55,46 +55,54 @@ class Section:
     Args:
         title (`str`): Its heading.
         seconds (`float`): Its limit, less where fewer are left.
-        command (`Callable`): Gives the arguments of `python`, from the parsed arguments and a folder for what it writes.
+        commands (`Callable`): Gives the arguments of one `python` after the other, from the parsed arguments.
         result (`str`): Its JSON file in that folder, if it writes one; beside it lies the Markdown of the same name.
     """
 
     title: str
     seconds: float
-    command: Callable[[argparse.Namespace, Path], list[str]]
+    commands: Callable[[argparse.Namespace], list[list[str]]]
     result: str | None
 
 
-def _right(args, folder):
-    workers = [] if args.rehearse else ["--numprocesses", "4"]
-    return ["-m", "pytest", "-m", "gpu", str(ROOT / "tests" / "test_gpu.py"), "-vv", "--tb=short", *workers]
+def _right(args):
+    # What newer and older packages deprecate is not what is asked here
+    workers = [] if args.rehearse else ["--numprocesses", "4", "--override-ini", "filterwarnings=default"]
+    return [["-m", "pytest", "-m", "gpu", str(ROOT / "tests" / "test_gpu.py"), "-vv", "--tb=short", *workers]]
 
 
-def _cost(args, folder):
-    shape = [
-        "--models",
-        "tiny",
-        "--profiles",
-        "topics",
-        "--accumulation",
-        "2",
-        "--rounds",
-        "1",
-        "--steps_per_epoch",
-        "2",
-    ]
-    if not args.rehearse:
-        shape = ["--models", "qwen3-4b", "--quantization", "nf4", "--profiles", *TASKS, "--accumulation", "8"]
-        shape += ["--checkpointing", "on", "off", "--rounds", "2", "--steps_per_epoch", "3"]
-    return [str(HERE / "step_cost.py"), "--persona_lengths", *shape, "--variants", "sft", "lossce", "drop"]
+def _cost(args):
+    """First eight rows at a time, which keep the card busy; then one at a time, where a fast card waits for the host."""
+    if args.rehearse:
+        cells = [
+            [
+                "--models",
+                "tiny",
+                "--profiles",
+                "topics",
+                "--accumulation",
+                "2",
+                "--rounds",
+                "1",
+                "--steps_per_epoch",
+                "2",
+            ]
+        ]
+    else:
+        model = ["--models", "qwen3-4b", "--quantization", "nf4", "--rounds", "2"]
+        busy = [*model, "--profiles", *TASKS, "--batch_size", "8", "--accumulation", "1", "--steps_per_epoch", "4"]
+        waiting = [*model, "--profiles", "reviews", "--accumulation", "8", "--steps_per_epoch", "2", "--checkpointing"]
+        cells = [[*busy, "--checkpointing", "on"], [*waiting, "off"], [*waiting, "on"]]
+    every = ["--persona_lengths", "--variants", "sft", "lossce", "drop"]
+    return [[str(HERE / "step_cost.py"), *every, *cell] for cell in cells]
 
 
-def _where(args, folder):
+def _where(args):
     shape = ["--model", "tiny", "--rows", "topics", "--accumulation", "2"] if args.rehearse else ["--rows", "reviews"]
-    return [str(HERE / "where_time_goes.py"), *shape]
+    return [[str(HERE / "where_time_goes.py"), *shape]]
 
 
-def _fits(args, folder):
+def _fits(args):
     shape = ["--models", "tiny", "--lengths", "500"]
     if not args.rehearse:
         shape = [
@@ -109,12 +117,12 @@ def _fits(args, folder):
             "5000",
         ]
         shape += ["--memory_gb", "12", "16", "24", "48", "80"]
-    return [str(HERE / "fits.py"), *shape]
+    return [[str(HERE / "fits.py"), *shape]]
 
 
-def _helps(args, folder):
+def _helps(args):
     shape = ["--rows", "2", "--seeds", "0", "--batch_size", "2"] if args.rehearse else ["--processes", "6"]
-    return [str(HERE / "helps.py"), "--model", str(args.model), "--data", str(args.data), *shape]
+    return [[str(HERE / "helps.py"), "--model", str(args.model), "--data", str(args.data), *shape]]
 
 
 SECTIONS = {
@@ -130,7 +138,7 @@ def run(argv: list[str], seconds: float, log: Path) -> str:
     """Run `python` with these arguments and all that it starts; `"done"`, `"failed"`, or `"stopped"` by the limit."""
     env = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
-    with open(log, "w") as file:
+    with open(log, "a") as file:
         process = subprocess.Popen(
             [sys.executable, *argv], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=env, start_new_session=True
         )
@@ -268,8 +276,11 @@ def main(arguments: list[str] | None = None) -> int:
                 reason = "no time was left"
             state = f"not run: {reason}"
             if reason is None:
-                argv = section.command(args, folder)
-                state = run([*argv, "--output_dir", str(folder)] if section.result else argv, limit, folder / "log")
+                for argv in section.commands(args):
+                    argv += ["--output_dir", str(folder)] if section.result else []
+                    state = run(argv, started + limit - time.monotonic(), folder / "log")
+                    if state != "done":
+                        break
                 log = (folder / "log").read_text(errors="replace")
             found, markdown = tests_of(log) if section.result is None else ([], "")
             if section.result and (folder / section.result).exists():
