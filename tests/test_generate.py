@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from conftest import ROOT, make_tiny_model
 from trl_perce import PersonaError
@@ -16,6 +16,11 @@ from trl_perce.evaluation.generate import GenerationArguments, TransformersGener
 from trl_perce.evaluation.predictions import make_prompts, other_rows, stop_tokens, to_prediction
 from trl_perce.preparation import Preparation
 from trl_perce.row_file import RowFile
+
+
+sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
+import generation_speed  # noqa: E402
+import shapes  # noqa: E402
 
 
 def make_row(index, words=1, **columns):
@@ -225,6 +230,101 @@ def test_guidance_is_that_of_the_logits(kind, scale, tokenizer, arguments):
     only_persona = {"persona": "I sew.", "prompt": "{persona}", "completion": "A"}
     with pytest.raises(PersonaError, match="row 0: `guidance_scale` needs"):
         texts(generator, [only_persona])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_continuous_batching_makes_the_same(kind, tokenizer, arguments):
+    model = make_tiny_model(kind).eval()
+    attention = model.config._attn_implementation
+    padded, continuous = (
+        TransformersGenerator(model, tokenizer, arguments(temperature=0.7, top_p=0.8, continuous_batching=on))
+        for on in (None, True)
+    )
+    expected = texts(padded)
+    assert not padded._is_continuous  # on CPU it is slower
+    assert texts(continuous) == expected
+    # A cache with room for about one row at a time, and fewer rows
+    narrow = arguments(temperature=0.7, top_p=0.8, continuous_batching=True, generation_batch_tokens=1)
+    assert max(len(prompt.input_ids) for prompt in make_prompts(ROWS, tokenizer, narrow)) + 12 < 256
+    made = texts(TransformersGenerator(model, tokenizer, narrow), done={0, 1, 2, 3})
+    assert made == {row: text for row, text in expected.items() if row > 3}
+    greedy = texts(TransformersGenerator(model, tokenizer, arguments(continuous_batching=True)), ROWS[:3])
+    assert greedy == texts(TransformersGenerator(model, tokenizer, arguments()), ROWS[:3])
+    assert model.config._attn_implementation == attention and not model._forward_hooks
+
+
+def test_continuous_batching_with_adapters_autocast_and_nan(tokenizer, arguments):
+    base = make_tiny_model("llama").to(torch.bfloat16)
+    lora = LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora).train()
+    padded, continuous = (
+        TransformersGenerator(model, tokenizer, arguments(bf16=True, temperature=0.7, continuous_batching=on))
+        for on in (False, True)
+    )
+    expected, made = texts(padded), texts(continuous)
+    assert model.training and sum(made[row] == expected[row] for row in made) >= 6  # one may be tipped by rounding
+    with model.disable_adapter():
+        assert texts(continuous) != made
+
+    (*_, token) = tokenizer(" Zq", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = torch.nan
+    rows = [dict(row) for row in ROWS]
+    rows[5]["persona"] += " Zq"
+    with pytest.raises(FloatingPointError, match="^Row 5: the model's logits are NaN or infinite"):
+        texts(continuous, rows)
+
+
+@pytest.mark.parametrize(
+    "kwargs, peft_config, message",
+    [
+        ({"guidance_scale": 2.0}, None, "does not go with `guidance_scale`"),
+        ({"bf16": True}, None, "keeps its cache in the model's dtype, torch.float32"),
+        ({}, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "and no prompt tuning"),
+    ],
+)
+def test_what_continuous_batching_does_not_go_with(tokenizer, arguments, kwargs, peft_config, message):
+    model = make_tiny_model("llama")
+    model = model if peft_config is None else get_peft_model(model, peft_config)
+    with pytest.raises(ValueError, match=message):
+        TransformersGenerator(model, tokenizer, arguments(**kwargs, continuous_batching=True))
+    assert len(texts(TransformersGenerator(model, tokenizer, arguments(**kwargs)))) == 7
+
+
+def test_rows_that_are_finished_leave_the_batch(tokenizer, arguments):
+    model = make_tiny_model("llama").eval()
+    sizes = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    generator = TransformersGenerator(model, tokenizer, arguments(temperature=1.0, max_new_tokens=40))
+    prompts = make_prompts(ROWS, tokenizer, generator.args)
+    # With every eighth token as an end, rows are finished at different steps
+    generator.stop = frozenset(range(0, tokenizer.vocab_size, 8))
+    made = generator._generate(prompts)
+    lengths = [
+        next((place for place, token in enumerate(tokens, 1) if token in generator.stop), 40) for tokens in made
+    ]
+    assert len({*lengths}) > 3
+    # A step runs on the rows that are not finished before it
+    assert sizes == [sum(length > step for length in lengths) for step in range(max(lengths))]
+    sizes.clear()
+    alone = [generator._generate([prompt])[0] for prompt in prompts]
+    for row, (together, own) in enumerate(zip(made, alone, strict=True)):
+        assert together[: lengths[row]] == own[: lengths[row]]
+
+
+def test_the_benchmark_of_both(tmp_path, monkeypatch, capsys):
+    config = make_tiny_model("qwen3").config
+    monkeypatch.setitem(shapes.CONFIGS, "qwen3-0.6b", config)
+    output = tmp_path / "speed.json"
+    arguments = ["--shape", "qwen3-0.6b", "--device", "cpu", "--rows", "6", "--rounds", "1"]
+    generation_speed.main([*arguments, "--max_new_tokens", "8", "--prompt_tokens", "5", "30", "--output", str(output)])
+    result = json.loads(output.read_text())
+    assert result["identical_rows"] >= 4 / 6 and {*result["tokens_per_second"]} == {"padded", "continuous"}
+    (padded,) = result["rounds"]["padded"]
+    assert padded["tokens"] == result["rounds"]["continuous"][0]["tokens"] or result["identical_rows"] < 1
+    assert "| continuous |" in capsys.readouterr().out
 
 
 def test_adapters_and_the_model_as_it_was(tiny_model, tokenizer, arguments, tmp_path):

@@ -1,12 +1,17 @@
 """What is in the package, and what is found in it."""
 
+import dataclasses
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT
+from trl_perce import PerCEConfig
+from trl_perce.cli.main import COMMANDS
 from trl_perce.files import find_shipped
 
 
@@ -56,3 +61,56 @@ def test_what_is_shipped_is_found_from_anywhere(monkeypatch, tmp_path, path):
         "/recipes/reproduce/local.yaml",
     ):
         assert find_shipped(other) == other
+
+
+def test_what_needs_no_model_loads_no_library():
+    program = (
+        "import sys\n"
+        "from trl_perce.cli.main import main\n"
+        "for argv in (['--help'], ['--version'], ['trian'], ['xyz'], []):\n"
+        "    try:\n"
+        "        print('returned', main(argv))\n"
+        "    except SystemExit as stop:\n"
+        "        print('exited', stop.code)\n"
+        "print({'torch', 'transformers', 'trl', 'peft', 'datasets', 'pandas', 'numpy', 'rich'} & {*sys.modules})\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "set()" and "Fine-tune a model with PerCE" in result.stdout
+    assert re.findall(r"^exited \d|^returned \d", result.stdout, re.M) == ["exited 0"] * 2 + ["exited 2"] * 2 + [
+        "returned 2"
+    ]
+    assert f"trl-perce {PROJECT['project']['version']}\n" in result.stdout
+    assert "there is no command `trian`. Did you mean `train`?" in result.stderr
+    assert "There are: train, score" in result.stderr
+    assert result.stderr.count("Fine-tune a model with PerCE") == 1  # of no command at all
+
+
+def test_the_help_shows_our_options_first_and_loads_little(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    parsers = {command: module.make_parser() for command, module in COMMANDS.items()}
+    groups = re.findall(r"^(\w.*):$", parsers["train"].format_help(), re.M)
+    assert groups[:3] == ["options", "PerCE", "data"]
+    assert re.findall(r"^(\w.*):$", parsers["evaluate"].format_help(), re.M)[1] == "evaluation"
+    (perce,) = (group for group in parsers["train"]._action_groups if group.title == "PerCE")
+    assert {action.dest for action in perce._group_actions} == {*vars(PerCEConfig)["__annotations__"]}
+    for command in ("train", "score", "evaluate"):
+        dests = [action.dest for action in parsers[command]._actions]
+        fields = [
+            field.name for cls in parsers[command].dataclass_types for field in dataclasses.fields(cls) if field.init
+        ]
+        assert {*dests} == {*fields, "help"}
+        grouped = [action for group in parsers[command]._action_groups for action in group._group_actions]
+        assert len(grouped) == len(parsers[command]._actions)  # in one group each
+
+    # In a process of its own, without PEFT and bitsandbytes, it is the same
+    program = (
+        "import sys\n"
+        "from trl_perce.cli.main import main\n"
+        "sys.argv[1:] = ['train', '--help']\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        "    print({'peft', 'bitsandbytes', 'datasets'} & {name for name, module in sys.modules.items() if module})\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == parsers["train"].format_help() + "set()\n" and not result.stderr

@@ -10,6 +10,8 @@ import transformers
 import trl
 from datasets import Dataset
 from transformers import Trainer
+from transformers.generation.continuous_batching import cb_logits_processors, input_outputs
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 from trl import SFTTrainer
 from trl.trainer import sft_trainer, utils
 
@@ -256,3 +258,26 @@ def test_the_fused_head_is_put_on_and_taken_off():
     text = source(utils.add_fused_lm_head)
     assert text.count("model.") == text.count("model.forward") + text.count("model.config"), hint("add_fused_lm_head")
     assert "model.forward = types.MethodType(_fused_forward, model)" in text, hint("add_fused_lm_head")
+
+
+def test_continuous_batching_takes_our_processor():
+    # evaluation/generate.py puts its own in the manager's place for them, before it starts
+    text = source(ContinuousBatchingManager)
+    assert "logit_processor=self.logit_processor" in source(ContinuousBatchingManager._create_batch_processor), (
+        transformers_hint("where the batch processor has its logits processors from")
+    )
+    for seam in ("self.background_thread_status = BackgroundThreadStatus()", "request_id: str | None = None"):
+        assert seam in text, transformers_hint(f"ContinuousBatchingManager: {seam}")
+    parameters = list(inspect.signature(ContinuousBatchingManager.add_request).parameters)
+    assert parameters[1:3] == ["input_ids", "request_id"], transformers_hint("add_request")
+    text = source(cb_logits_processors.ContinuousBatchingLogitsProcessorList)
+    for seam in (
+        "requests_with_new_token = [request for request in requests_in_batch if request.has_new_token]",
+        "arg_storage[current_arg_id, : tensorized_arg.size(0)] = ",
+        "scores = processor(scores, logits_processor_args[current_arg_id])",
+    ):
+        assert seam in text, transformers_hint(f"ContinuousBatchingLogitsProcessorList: {seam}")
+    assert "logit_processor.tensors_required" in source(input_outputs), transformers_hint(
+        "room for processors' arguments"
+    )
+    assert transformers.PreTrainedModel._is_stateful is False, transformers_hint("PreTrainedModel._is_stateful")

@@ -13,11 +13,11 @@
 """What must hold before a model loads, and the parts of a run that are looked up for it."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from peft import PeftModel, PromptLearningConfig
 from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
 from trl.trainer.utils import get_config_model_id
@@ -147,9 +147,8 @@ def keep_4bit_weights_trainable_on_cpu(model) -> None:
     AVX512-BF16. The packed weights stay when training goes on, and have no backward pass (bitsandbytes 0.50.2): all
     gradients behind the first such layer would silently be wrong.
     """
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+    for module in _linear_4bit_modules(model):
+        module.support_avx512bf16_for_cpu = False
 
 
 def make_trainable_in_fp16(model) -> None:
@@ -177,10 +176,17 @@ def make_trainable_in_fp16(model) -> None:
 def check_4bit_weights_trainable(model) -> None:
     """Raise a `ValueError` on 4-bit weights that bitsandbytes has packed ([`keep_4bit_weights_trainable_on_cpu`])."""
     if any(
-        isinstance(module, Linear4bit) and getattr(module.weight.quant_state, "packing_format_for_cpu", False)
-        for module in model.modules()
+        getattr(module.weight.quant_state, "packing_format_for_cpu", False) for module in _linear_4bit_modules(model)
     ):
         raise ValueError(
             "The 4-bit model has been evaluated on CPU, which packed its weights so that they cannot be trained. Load the "
             "model anew and do not run it before the trainer has it."
         )
+
+
+def _linear_4bit_modules(model) -> list:
+    if "bitsandbytes" not in sys.modules:  # then there can be none
+        return []
+    from bitsandbytes.nn import Linear4bit
+
+    return [module for module in model.modules() if isinstance(module, Linear4bit)]

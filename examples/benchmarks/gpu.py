@@ -67,7 +67,7 @@ class Section:
 
 def _right(args):
     # What newer and older packages deprecate is not what is asked here
-    workers = [] if args.rehearse else ["--numprocesses", "4", "--override-ini", "filterwarnings=default"]
+    workers = [] if args.rehearse else ["--numprocesses", "8", "--override-ini", "filterwarnings=default"]
     return [["-m", "pytest", "-m", "gpu", str(ROOT / "tests" / "test_gpu.py"), "-vv", "--tb=short", *workers]]
 
 
@@ -120,16 +120,23 @@ def _fits(args):
     return [[str(HERE / "fits.py"), *shape]]
 
 
+def _generation(args):
+    shape = ["--shape", "tiny", "--rows", "4", "--max_new_tokens", "8", "--rounds", "1", "--prompt_tokens", "10", "20"]
+    shape = shape if args.rehearse else ["--shape", "qwen3-4b", "--quick"]
+    return [[str(HERE / "generation_speed.py"), *shape]]
+
+
 def _helps(args):
-    shape = ["--rows", "2", "--seeds", "0", "--batch_size", "2"] if args.rehearse else ["--processes", "6"]
+    shape = ["--rows", "2", "--seeds", "0"] if args.rehearse else ["--processes", "6"]
     return [[str(HERE / "helps.py"), "--model", str(args.model), "--data", str(args.data), *shape]]
 
 
 SECTIONS = {
-    "right": Section("Right", 130, _right, None),
-    "cost": Section("What a step costs", 180, _cost, "step_cost.json"),
-    "where": Section("Where the time goes", 50, _where, "where_time_goes.json"),
+    "right": Section("Right", 100, _right, None),
+    "cost": Section("What a step costs", 150, _cost, "step_cost.json"),
+    "where": Section("Where the time goes", 60, _where, "where_time_goes.json"),
     "fits": Section("What fits into which card", 100, _fits, "fits.json"),
+    "generation": Section("How fast it writes", 60, _generation, "generation_speed.json"),
     "helps": Section("Does it help", 240, _helps, "helps.json"),
 }
 

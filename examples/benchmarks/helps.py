@@ -36,7 +36,10 @@ from pathlib import Path
 import numpy as np
 
 
-SETTINGS = {"chats": {"learning_rate": 1e-3}, "prefeval": {"learning_rate": 5e-4}}
+SETTINGS = {
+    "chats": {"learning_rate": 1e-3, "per_device_train_batch_size": 16},
+    "prefeval": {"learning_rate": 5e-4, "per_device_train_batch_size": 8},
+}
 METHODS = {"CE": "uniform", "PerCE": "perce"}
 NAMES = {
     "personal": "log P of personal tokens, nats",
@@ -121,7 +124,6 @@ def run_one(task: str, seed: int, args: argparse.Namespace) -> dict:
             PerCEConfig(
                 output_dir=str(args.output_dir / f"{task}-{seed}-{method}"),
                 token_weighting=weighting,
-                per_device_train_batch_size=args.batch_size,
                 num_train_epochs=1,
                 lr_scheduler_type="cosine",
                 warmup_steps=0.04,
@@ -195,7 +197,6 @@ def main() -> None:
     add("--tasks", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--rows", type=int, help="At most so many rows to train and to test. Default: all.")
-    add("--batch_size", type=int, default=8, help="Rows of a step. Default: 8.")
     add("--processes", type=int, default=1, help="How many to run at a time. Default: 1.")
     add("--output_dir", type=Path, default=Path("outputs/helps"), help="Default: outputs/helps.")
     add("--one", nargs=2, metavar=("TASK", "SEED"), help="Run one task with one seed in this process.")

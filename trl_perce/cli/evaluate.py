@@ -36,9 +36,13 @@ HELP = "Generate predictions and measure overlap with the references, use of the
 
 
 def make_parser():
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+    from transformers import TrainingArguments
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
+    from trl_perce import PerCEConfig, PerContrastConfig
     from trl_perce.evaluation.arguments import EvaluationArguments, GenerationArguments
+
+    from .parser import GroupedParser
 
     @dataclass
     class EvaluateArguments(ScriptArguments):
@@ -60,8 +64,20 @@ def make_parser():
             },
         )
 
-    return TrlParser(
+    return GroupedParser(
         (EvaluateArguments, EvaluationArguments, GenerationArguments, ModelConfig, DatasetMixtureConfig),
+        {
+            EvaluationArguments: "evaluation",
+            EvaluateArguments: "rows, adapter and model card",
+            GenerationArguments: "generation",
+            PerContrastConfig: "PerContrast",
+            PerCEConfig: "PerCE",
+            ScriptArguments: "data",
+            ModelConfig: "model, adapter and quantization",
+            SFTConfig: "of a recipe: TRL's SFT",
+            TrainingArguments: "of a recipe: Transformers' trainer",
+            DatasetMixtureConfig: "mixture of datasets",
+        },
         prog="trl-perce evaluate",
         description=f"{HELP}. Takes a training recipe with --config, whose arguments that do not matter here are ignored: give "
         "the trained model or adapter beside it. Writes predictions.jsonl, metrics.jsonl, metrics.json and report.md to "

@@ -11,15 +11,19 @@
 # limitations under the License.
 
 import argparse
+import difflib
+import gc
 import sys
 from itertools import pairwise
+from typing import NoReturn
 
+from .. import __version__
 from ..files import find_shipped
 from . import aloe, evaluate, reproduce, score, train
 from .common import explain_stops
 
 
-# One module a command, with `HELP` and `run(argv)`
+# One module a command, with `HELP`, `make_parser()` and `run(argv)`
 COMMANDS = {"train": train, "score": score, "evaluate": evaluate, "aloe": aloe, "reproduce": reproduce}
 
 
@@ -33,14 +37,25 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         `int`: Exit code.
     """
+    is_own_process = argv is None
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="trl-perce", description="Fine-tune language models to be personal.", allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, command in COMMANDS.items():
         subparsers.add_parser(name, help=command.HELP, add_help=False)
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
+    if not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        nearest = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"Did you mean `{nearest[0]}`?" if nearest else f"There are: {', '.join(COMMANDS)}."
+        parser.error(f"there is no command `{argv[0]}`. {hint}")
     command = parser.parse_args(argv[:1]).command
+    if {"-h", "--help"} & {*argv[1:]}:
+        _print_help(command, is_own_process)
     argv = [
         find_shipped(arg) if before in ("--config", "--accelerate_config") else arg
         for before, arg in pairwise(["", *argv])
@@ -49,6 +64,16 @@ def main(argv: list[str] | None = None) -> int:
         return train.run(argv[1:])
     with explain_stops(f"trl-perce {command}", lambda: "What is done is kept: the same command goes on from there."):
         return COMMANDS[command].run(argv[1:])
+
+
+def _print_help(command: str, is_own_process: bool) -> NoReturn:
+    if is_own_process:
+        # Transformers imports PEFT where it is there, and PEFT bitsandbytes. That takes more than half of the time, and a process
+        # that ends with its help needs neither: `None` says that they are not there.
+        sys.modules["peft"] = sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+        gc.disable()
+    COMMANDS[command].make_parser().parse_args(["--help"])
+    raise SystemExit(0)
 
 
 if __name__ == "__main__":

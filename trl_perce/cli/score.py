@@ -51,9 +51,12 @@ _SETTINGS = [
 
 
 def make_parser():
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+    from transformers import TrainingArguments
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
-    from trl_perce import PerContrastConfig
+    from trl_perce import PerCEConfig, PerContrastConfig
+
+    from .parser import GroupedParser
 
     @dataclass
     class ScoreArguments(ScriptArguments):
@@ -72,8 +75,18 @@ def make_parser():
             default=False, metadata={"help": "Remove earlier scores from `output_dir` instead of going on with them."}
         )
 
-    return TrlParser(
+    return GroupedParser(
         (ScoreArguments, PerContrastConfig, ModelConfig, DatasetMixtureConfig),
+        {
+            ScoreArguments: "scoring",
+            PerContrastConfig: "PerContrast",
+            PerCEConfig: "PerCE",
+            ScriptArguments: "data",
+            ModelConfig: "model, adapter and quantization",
+            SFTConfig: "of a recipe: TRL's SFT",
+            TrainingArguments: "of a recipe: Transformers' trainer",
+            DatasetMixtureConfig: "mixture of datasets",
+        },
         prog="trl-perce score",
         description=f"{HELP}. Takes a training recipe with --config, whose arguments that do not matter here are ignored. "
         "Writes scores.jsonl, heatmap.html, heatmap.png, report.md and report.json to --output_dir. Called again, it goes on "

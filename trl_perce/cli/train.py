@@ -38,12 +38,23 @@ _MODULE = "trl_perce.cli.train"
 
 
 def make_parser():
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+    from transformers import TrainingArguments
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
     from trl_perce import PerCEConfig
 
-    return TrlParser(
+    from .parser import GroupedParser
+
+    return GroupedParser(
         (ScriptArguments, PerCEConfig, ModelConfig, DatasetMixtureConfig),
+        {
+            PerCEConfig: "PerCE",
+            ScriptArguments: "data",
+            ModelConfig: "model, LoRA and quantization",
+            SFTConfig: "training: TRL's SFT",
+            TrainingArguments: "training: Transformers' trainer",
+            DatasetMixtureConfig: "mixture of datasets",
+        },
         prog="trl-perce train",
         description=f"{HELP}. Takes a YAML file with --config; arguments on the command line override it. Arguments of "
         "`accelerate launch` (--num_processes …) and --accelerate_config (a file, or the name of one of TRL's) choose the "

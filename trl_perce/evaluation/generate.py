@@ -18,7 +18,7 @@ Predictions, as they are finished:
         print(prediction["prediction"])
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,14 +26,22 @@ import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftConfig, PeftModel
+from torch.nn.functional import pad
 from tqdm.auto import tqdm
 from transformers import (
+    ContinuousBatchingConfig,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
+)
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessor,
+    ContinuousBatchingLogitsProcessorList,
 )
 
 from ..checks import keep_4bit_weights_trainable_on_cpu, load_tokenizer
@@ -44,8 +52,14 @@ from .arguments import GenerationArguments
 from .predictions import Prompt, make_prompts, stop_tokens, to_prediction
 
 
-# Rows that vLLM is given at a time. It batches by itself; what is finished is written in between.
-_VLLM_ROWS = 256
+# Rows that what batches by itself (vLLM, continuous batching) is given at a time. What is finished is written in between.
+_BLOCK_ROWS = 256
+# Types of device on which continuous batching was measured to be faster (`examples/benchmarks/generation_speed.py`)
+_CONTINUOUS_ON: frozenset[str] = frozenset()
+# Tokens of one forward of continuous batching, whose mask has as many rows, and of one block of its cache
+_FORWARD_TOKENS, _BLOCK_TOKENS = 2048, 256
+# Share of a padded batch that has to be finished for the others to go on without it
+_LEAVING = 1 / 8
 
 
 class _Generator:
@@ -109,7 +123,8 @@ class _Generator:
 
 class TransformersGenerator(_Generator):
     """
-    Generates with Transformers: rows batched by length, the longest first, padded on the left.
+    Generates with Transformers: rows batched by length, the longest first, padded on the left; or, with
+    `args.continuous_batching`, rows that take each other's place in a paged cache, without padding.
 
     A row's tokens are drawn with random numbers of its own, from `args.seed` and the row's index. On one kind of device they do not
     depend on which other rows there are, how they are batched, or whether the run was killed in between; batches only round
@@ -125,6 +140,9 @@ class TransformersGenerator(_Generator):
             Configuration. If `None`, it is made of `config`.
         **config:
             Fields of [`GenerationArguments`], such as `temperature=0`.
+
+    Raises:
+        `ValueError`: `continuous_batching` is set and does not go with the model, its adapter or `guidance_scale`.
     """
 
     def __init__(
@@ -147,8 +165,49 @@ class TransformersGenerator(_Generator):
         if isinstance(self._base, PeftModel):
             self._base = self._base.get_base_model()
         self.stop = stop_tokens(self.tokenizer, self._base.generation_config)
+        self._is_continuous = args.continuous_batching
+        if self._is_continuous is None:
+            self._is_continuous = self._device.type in _CONTINUOUS_ON and self._why_not_continuous() is None
+        elif self._is_continuous and (reason := self._why_not_continuous()):
+            raise ValueError(f"`continuous_batching` {reason}. Leave it out.")
+
+    def _why_not_continuous(self) -> str | None:
+        if self.args.guidance_scale != 1:
+            return "does not go with `guidance_scale`"
+        if not self._has_plain_cache:
+            return "needs a model that is all attention over a cache, and no prompt tuning"
+        if self._autocast_dtype not in (None, self._base.dtype):
+            return f"keeps its cache in the model's dtype, {self._base.dtype}, and `bf16` or `fp16` asks for another"
+        return None
+
+    @property
+    def _has_plain_cache(self) -> bool:
+        """Whether nothing is kept between steps but keys and values of tokens, row by row."""
+        model = extract_model_from_parallel(self.model)
+        is_prompt_tuned = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+        return (
+            self.args.guidance_scale == 1
+            and not is_prompt_tuned
+            and not self._base._is_stateful
+            and not self._base.config.is_encoder_decoder
+            and self._base.generation_config.cache_implementation is None
+            and self._layer_types <= {"full_attention", "sliding_attention"}
+        )
+
+    @property
+    def _layer_types(self) -> set[str]:
+        return {*(getattr(self._base.config.get_text_config(), "layer_types", None) or ["full_attention"])}
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     def _batches(self, prompts: list[Prompt]) -> list[list[Prompt]]:
+        if self._is_continuous:
+            return [prompts[start : start + _BLOCK_ROWS] for start in range(0, len(prompts), _BLOCK_ROWS)]
+        return self._padded_batches(prompts)
+
+    def _padded_batches(self, prompts: list[Prompt]) -> list[list[Prompt]]:
         lengths = [len(prompt.input_ids) + self.args.max_new_tokens for prompt in prompts]
         guided = self.args.guidance_scale != 1
         if guided:
@@ -160,24 +219,83 @@ class TransformersGenerator(_Generator):
 
     @torch.no_grad()
     def _generate(self, prompts: list[Prompt]) -> list[list[int]]:
+        return self._generate_continuously(prompts) if self._is_continuous else self._generate_padded(prompts)
+
+    def _generate_padded(self, prompts: list[Prompt]) -> list[list[int]]:
         ids, mask = self._left_padded([prompt.input_ids for prompt in prompts])
         guidance = {}
         if self.args.guidance_scale != 1:
             negative = self._left_padded([prompt.counterfactual_ids for prompt in prompts])
             guidance = dict(zip(("negative_prompt_ids", "negative_prompt_attention_mask"), negative, strict=True))
-        with self._generating():
-            output = extract_model_from_parallel(self.model).generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=self._config(),
-                logits_processor=self._samplers(prompts, ids.device),
-                **guidance,
-            )
-        return output[:, ids.shape[1] :].tolist()
+        start, end, cache = ids.shape[1], ids.shape[1] + self.args.max_new_tokens, None
+        rows = [prompt.row for prompt in prompts]
+        random_numbers = self._random_numbers(rows)
+        made: dict[int, list[int]] = {}
+        with self._generating(), self._autocast():
+            while True:
+                finished = _Finished(self.stop, len(rows), _LEAVING if self._has_plain_cache else 1, ids.device)
+                output = extract_model_from_parallel(self.model).generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    generation_config=self._config(end - ids.shape[1]),
+                    logits_processor=self._processors(rows, random_numbers),
+                    stopping_criteria=StoppingCriteriaList([finished]),
+                    **guidance,
+                )
+                ids, cache = output.sequences, output.past_key_values
+                made.update(zip(rows, ids[:, start:].tolist(), strict=True))
+                left = (~finished.rows).nonzero()[:, 0]
+                if not len(left) or ids.shape[1] == end:
+                    return [made[prompt.row] for prompt in prompts]
+                cache.batch_select_indices(left)
+                mask = pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)[left]
+                ids, rows = ids[left], [rows[index] for index in left.tolist()]
+
+    def _generate_continuously(self, prompts: list[Prompt]) -> list[list[int]]:
+        longest = max(len(prompt.input_ids) for prompt in prompts) + self.args.max_new_tokens
+        blocks = -(-max(longest, self.args.generation_batch_tokens) // _BLOCK_TOKENS) + 1
+        # One step after the other and no graphs: each row's random numbers are drawn by its own generator
+        config = ContinuousBatchingConfig(
+            num_blocks=blocks * len(self._layer_types),
+            max_batch_tokens=_FORWARD_TOKENS,
+            use_cuda_graph=False,
+            use_async_batching=False,
+        )
+        processor = _RowProcessor(self._processors, self._random_numbers([prompt.row for prompt in prompts]))
+        made: dict[int, list[int]] = {}
+        with self._generating(), _around_forward(self._base, self._autocast()):
+            manager = self._base.init_continuous_batching(self._config(), config)
+            manager.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([processor]))
+            manager.logit_processor.tensors_required = 1
+            for prompt in prompts:  # all of them before it starts, so that it batches them the same way each time
+                manager.add_request(prompt.input_ids, str(prompt.row))
+            manager.start()
+            try:
+                while len(made) < len(prompts) and processor.error is None:
+                    output = manager.get_result(timeout=0.1)
+                    if output is None and not manager.is_running():
+                        break
+                    if output is not None and output.error is None:
+                        made[int(output.request_id)] = output.generated_tokens
+            finally:
+                manager.stop(hard_stop=True)
+                manager.destroy()
+        if processor.error is not None:
+            for batch in self._padded_batches(
+                prompts
+            ):  # a NaN spreads over a step's rows: tell those that have it themselves
+                self._generate_padded(batch)
+            raise processor.error
+        if len(made) < len(prompts):
+            raise RuntimeError(
+                "Continuous batching ended too early."
+            ) from manager.background_thread_status.fatal_error
+        return [made[prompt.row] for prompt in prompts]
 
     def _left_padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and attention mask, of shape `(rows, longest)`, on the model's device."""
-        longest, device = max(map(len, rows)), next(self.model.parameters()).device
+        longest, device = max(map(len, rows)), self._device
         ids = torch.tensor([[self._pad] * (longest - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
         return ids, mask
@@ -186,35 +304,44 @@ class TransformersGenerator(_Generator):
     def _pad(self) -> int:
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0  # hidden by the mask
 
-    def _config(self) -> GenerationConfig:
+    def _config(self, max_new_tokens: int | None = None) -> GenerationConfig:
         # `generate` takes from the model's own configuration what is not set here. Sampling is ours: see `_RowSampler`.
         return GenerationConfig(
-            **{"max_new_tokens": self.args.max_new_tokens, "guidance_scale": self.args.guidance_scale},
+            **{"max_new_tokens": max_new_tokens or self.args.max_new_tokens},
+            **{"guidance_scale": self.args.guidance_scale, "return_dict_in_generate": True},
             **{"eos_token_id": sorted(self.stop) or None, "pad_token_id": self._pad, "use_cache": True},
             **{"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0},
-            **{"num_beams": 1, "return_dict_in_generate": False},
+            **{"num_beams": 1},
         )
 
-    def _samplers(self, prompts: list[Prompt], device: torch.device) -> LogitsProcessorList:
-        samplers = LogitsProcessorList([_FiniteLogits([prompt.row for prompt in prompts])])
+    def _processors(self, rows: list[int], random_numbers: dict[int, torch.Generator]) -> LogitsProcessorList:
+        """What is done to logits, of shape `(rows, tokens)`."""
+        processors = LogitsProcessorList([_FiniteLogits(rows)])
         if self.args.temperature:
-            samplers.append(TemperatureLogitsWarper(float(self.args.temperature)))
+            processors.append(TemperatureLogitsWarper(float(self.args.temperature)))
             if self.args.top_p < 1:
-                samplers.append(TopPLogitsWarper(self.args.top_p))
-            samplers.append(_RowSampler([row_seed(self.args.seed, prompt.row) for prompt in prompts], device))
-        return samplers
+                processors.append(TopPLogitsWarper(self.args.top_p))
+            processors.append(_RowSampler([random_numbers[row] for row in rows]))
+        return processors
+
+    def _random_numbers(self, rows: list[int]) -> dict[int, torch.Generator]:
+        return {row: torch.Generator(self._device).manual_seed(row_seed(self.args.seed, row)) for row in rows}
+
+    @property
+    def _autocast_dtype(self) -> torch.dtype | None:
+        return torch.float16 if self.args.fp16 else torch.bfloat16 if self.args.bf16 else None
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None)
 
     @contextmanager
     def _generating(self):
         """The model in evaluation mode, and back as it was."""
         keep_4bit_weights_trainable_on_cpu(self._base)
         training = {module: module.training for module in self.model.modules()}
-        dtype = torch.float16 if self.args.fp16 else torch.bfloat16
-        device = next(self.model.parameters()).device.type
         try:
             self.model.eval()
-            with torch.autocast(device, dtype, enabled=self.args.fp16 or self.args.bf16):
-                yield
+            yield
         finally:
             for module, mode in training.items():
                 module.training = mode
@@ -267,7 +394,7 @@ class VLLMGenerator(_Generator):
         self.stop = stop_tokens(self.tokenizer, GenerationConfig.from_pretrained(base))
 
     def _batches(self, prompts: list[Prompt]) -> list[list[Prompt]]:
-        return [prompts[start : start + _VLLM_ROWS] for start in range(0, len(prompts), _VLLM_ROWS)]
+        return [prompts[start : start + _BLOCK_ROWS] for start in range(0, len(prompts), _BLOCK_ROWS)]
 
     def _generate(self, prompts: list[Prompt]) -> list[list[int]]:
         shared: dict[str, Any] = {"temperature": self.args.temperature, "top_p": self.args.top_p, "detokenize": False}
@@ -279,6 +406,29 @@ class VLLMGenerator(_Generator):
             use_tqdm=False,
         )
         return [[*output.outputs[0].token_ids] for output in outputs]
+
+
+class _Finished(StoppingCriteria):
+    """
+    Stops a batch of which a share of the rows is finished.
+
+    Args:
+        stop (`Collection[int]`): Tokens that end a row.
+        num_rows (`int`): Rows of the batch.
+        share (`float`): Between 0 and 1.
+        device (`torch.device`): Where the tokens are.
+
+    Attributes:
+        rows (`torch.Tensor` of shape `(num_rows,)`): Which rows are finished.
+    """
+
+    def __init__(self, stop: Collection[int], num_rows: int, share: float, device: torch.device):
+        self.rows = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self._stop, self._share = torch.tensor(sorted(stop), dtype=torch.long, device=device), share
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        self.rows |= torch.isin(input_ids[:, -1], self._stop)
+        return self.rows | (self.rows.float().mean() >= self._share)
 
 
 class _FiniteLogits(LogitsProcessor):
@@ -304,14 +454,68 @@ class _RowSampler(LogitsProcessor):
     token `i` with probability `p_i` (Gumbel-max). `generate`'s own sampling draws for a batch as a whole.
     """
 
-    def __init__(self, seeds: list[int], device: torch.device):
-        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    def __init__(self, generators: list[torch.Generator]):
+        self._generators = generators
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         noise = torch.empty_like(scores, dtype=torch.float32)
         for row, generator in zip(noise, self._generators, strict=True):
             row.exponential_(generator=generator)
         return scores - noise.clamp_min_(torch.finfo(torch.float32).tiny).log_()
+
+
+class _RowProcessor(ContinuousBatchingLogitsProcessor):
+    """
+    Does to the rows that are in a step of continuous batching what `processors` does to those of a batch.
+
+    Args:
+        processors (`Callable`): From rows and their generators to a [`~transformers.LogitsProcessorList`].
+        random_numbers (`dict[int, torch.Generator]`): Generator of each row.
+
+    Attributes:
+        error (`FloatingPointError` or `None`): What `processors` raised. Here it would end a thread with a traceback.
+    """
+
+    supported_kwargs: dict[str, type] = {}
+    ignored_kwargs = ()
+
+    def __init__(self, processors: Callable, random_numbers: dict[int, torch.Generator]):
+        self._processors, self._random_numbers = processors, random_numbers
+        self._rows: list[int] = []
+        self.error: FloatingPointError | None = None
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token) -> torch.Tensor:
+        self._rows = [int(request.state.request_id) for request in requests_with_new_token]
+        return torch.zeros(len(self._rows), dtype=torch.int32)
+
+    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        own = scores[: len(self._rows)]  # behind them: prompts of which a part is still to come
+        try:
+            return torch.cat([self._processors(self._rows, self._random_numbers)(None, own), scores[len(own) :]])
+        except FloatingPointError as error:
+            self.error = self.error or error
+            return scores
+
+
+@contextmanager
+def _around_forward(model, context) -> Iterator[None]:
+    """A context around each forward pass, in the thread that makes it: autocast is a thread's own."""
+
+    def enter(*_):
+        context.__enter__()
+
+    def leave(*_):
+        context.__exit__(None, None, None)
+
+    hooks = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def row_seed(seed: int, row: int) -> int:

@@ -1,0 +1,54 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""TRL's parser with a help that one finds one's way in."""
+
+from dataclasses import fields
+from typing import Any
+
+from trl import TrlParser
+
+
+class GroupedParser(TrlParser):
+    """
+    TRL's parser, whose help has a group for each class that declares arguments.
+
+    Args:
+        dataclass_types (`tuple[type, ...]`): As for [`~trl.TrlParser`]: what is parsed, in the order in which it is returned.
+        titles (`dict[type, str]`): Title of the group of a class and of those between it and the next one here that it inherits
+            from. In the order of the help.
+        **kwargs: As for [`~argparse.ArgumentParser`]. `usage` is set: hundreds of options in a row tell nothing.
+    """
+
+    def __init__(self, dataclass_types: tuple[type, ...], titles: dict[type, str], **kwargs):
+        self._titles = titles
+        self._title_of = {
+            field.name: self._find_title(cls, field.name) for cls in dataclass_types for field in fields(cls)
+        }
+        self._group_of: dict[str, Any] = {}
+        super().__init__(dataclass_types, usage="%(prog)s [--config FILE] [--option value ...]", **kwargs)
+
+    def _find_title(self, cls: type, name: str) -> str:
+        title = self._titles[cls]
+        for base in cls.__mro__:
+            title = self._titles.get(base, title)
+            if name in vars(base).get("__annotations__", {}):  # which is where it has its default from
+                break
+        return title
+
+    def add_argument(self, *names, **kwargs):
+        title = self._title_of.get(kwargs.get("dest") or names[0].lstrip("-"))
+        if title is None:
+            return super().add_argument(*names, **kwargs)
+        if not self._group_of:
+            self._group_of = {title: self.add_argument_group(title) for title in self._titles.values()}
+        return self._group_of[title].add_argument(*names, **kwargs)
