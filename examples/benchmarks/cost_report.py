@@ -71,12 +71,12 @@ def _number(value: float | None, digits: int) -> str:
 
 def markdown(report: dict) -> str:
     """The report as Markdown: one table for each model and kind of base weights."""
-    lines = ["# What a PerCE step costs", ""]
+    lines = []
     for (model, quantization), cells in _grouped(report["cells"]).items():
         environment = cells[-1]["environment"]
         versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
         lines += [
-            f"## {model}, {quantization}",
+            f"### {model}, {quantization}",
             "",
             f"{environment['device']}, {environment['date']}, {versions}. `{environment['command']}`",
             "",

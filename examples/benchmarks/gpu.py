@@ -26,8 +26,8 @@ The sections run in this order, each in a process of its own with a time limit o
 - `helps`: CE and PerCE on chats and PrefEval (helps.py), if --model and --data are there.
 
 The moment a section ends, is stopped by its limit, or fails, gpu.json and gpu.md are written anew with what it found until then;
-gpu.log holds what it printed. `--only` runs some sections and keeps the others' results of the same folder. Exits with 1 if a
-section failed.
+gpu.log holds what it printed. `--only` runs some sections and keeps the others' results of the same folder. `--merge` puts the reports
+of several folders into one. Exits with 1 if a section failed.
 """
 
 import argparse
@@ -43,9 +43,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cost_report import markdown
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+HERE = "examples/benchmarks"  # from there
 TASKS = ("reviews", "abstracts", "topics")
 
 
@@ -68,7 +70,7 @@ class Section:
 def _right(args):
     # What newer and older packages deprecate is not what is asked here
     workers = [] if args.rehearse else ["--numprocesses", "8", "--override-ini", "filterwarnings=default"]
-    return [["-m", "pytest", "-m", "gpu", str(ROOT / "tests" / "test_gpu.py"), "-vv", "--tb=short", *workers]]
+    return [["-m", "pytest", "-m", "gpu", "tests/test_gpu.py", "-vv", "--tb=short", *workers]]
 
 
 def _cost(args):
@@ -94,12 +96,12 @@ def _cost(args):
         waiting = [*model, "--profiles", "reviews", "--accumulation", "8", "--steps_per_epoch", "2", "--checkpointing"]
         cells = [[*busy, "--checkpointing", "on"], [*waiting, "off"], [*waiting, "on"]]
     every = ["--persona_lengths", "--variants", "sft", "lossce", "drop"]
-    return [[str(HERE / "step_cost.py"), *every, *cell] for cell in cells]
+    return [[f"{HERE}/step_cost.py", *every, *cell] for cell in cells]
 
 
 def _where(args):
     shape = ["--model", "tiny", "--rows", "topics", "--accumulation", "2"] if args.rehearse else ["--rows", "reviews"]
-    return [[str(HERE / "where_time_goes.py"), *shape]]
+    return [[f"{HERE}/where_time_goes.py", *shape]]
 
 
 def _fits(args):
@@ -117,26 +119,26 @@ def _fits(args):
             "5000",
         ]
         shape += ["--memory_gb", "12", "16", "24", "48", "80"]
-    return [[str(HERE / "fits.py"), *shape]]
+    return [[f"{HERE}/fits.py", *shape]]
 
 
 def _generation(args):
     shape = ["--shape", "tiny", "--rows", "4", "--max_new_tokens", "8", "--rounds", "1", "--prompt_tokens", "10", "20"]
     shape = shape if args.rehearse else ["--shape", "qwen3-4b", "--quick"]
-    return [[str(HERE / "generation_speed.py"), *shape]]
+    return [[f"{HERE}/generation_speed.py", *shape]]
 
 
 def _helps(args):
     shape = ["--rows", "2", "--seeds", "0"] if args.rehearse else ["--processes", "6"]
-    return [[str(HERE / "helps.py"), "--model", str(args.model), "--data", str(args.data), *shape]]
+    return [[f"{HERE}/helps.py", "--model", str(args.model), "--data", str(args.data), *shape]]
 
 
 SECTIONS = {
-    "right": Section("Right", 100, _right, None),
-    "cost": Section("What a step costs", 150, _cost, "step_cost.json"),
-    "where": Section("Where the time goes", 60, _where, "where_time_goes.json"),
-    "fits": Section("What fits into which card", 100, _fits, "fits.json"),
-    "generation": Section("How fast it writes", 60, _generation, "generation_speed.json"),
+    "right": Section("Right", 80, _right, None),
+    "cost": Section("What a step costs", 110, _cost, "step_cost.json"),
+    "where": Section("Where the time goes", 50, _where, "where_time_goes.json"),
+    "fits": Section("What fits into which card", 60, _fits, "fits.json"),
+    "generation": Section("How fast it writes", 40, _generation, "generation_speed.json"),
     "helps": Section("Does it help", 240, _helps, "helps.json"),
 }
 
@@ -144,6 +146,7 @@ SECTIONS = {
 def run(argv: list[str], seconds: float, log: Path) -> str:
     """Run `python` with these arguments and all that it starts; `"done"`, `"failed"`, or `"stopped"` by the limit."""
     env = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env.setdefault("OMP_NUM_THREADS", "2")  # several processes, each with as many threads as there are cores, crawl
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     with open(log, "a") as file:
         process = subprocess.Popen(
@@ -224,6 +227,28 @@ def why_not(name: str, args: argparse.Namespace) -> str | None:
     return None
 
 
+def merged(folders: list[Path]) -> dict:
+    """
+    One report of several runs: of each section the latest that has results; of `cost` every cell, the latest of each.
+
+    Args:
+        folders (`list[Path]`): With gpu.json, the earliest run first.
+    """
+    reports = [json.loads((folder / "gpu.json").read_text()) for folder in folders]
+    sections: dict[str, dict] = {}
+    for report in reports:
+        for name, found in report["sections"].items():
+            if found["results"] or name not in sections:
+                before = sections.get(name)
+                sections[name] = found
+                if name == "cost" and before and before["results"]:
+                    cells = [*before["results"]["cells"], *found["results"]["cells"]]
+                    latest = {json.dumps(cell["settings"], sort_keys=True): cell for cell in cells}
+                    found["results"]["cells"] = [*latest.values()]
+                    found["markdown"] = markdown(found["results"])
+    return {"device": reports[-1]["device"], "sections": sections}
+
+
 def rehearsal(folder: Path) -> argparse.Namespace:
     """A tiny model and a few rows in place of the real ones."""
     import torch
@@ -265,10 +290,20 @@ def main(arguments: list[str] | None = None) -> int:
         help="For `helps`. Default: where smollm2.py puts it.",
     )
     add("--data", default=ROOT.parent / "shared" / "data", help="For `helps`: folder with persona_chat and prefeval.")
+    add(
+        "--merge",
+        nargs="+",
+        type=Path,
+        metavar="FOLDER",
+        help="Run nothing: put the reports of these folders into one.",
+    )
     add("--rehearse", action="store_true", help="The same sections with tiny models; on a CPU, in about a minute.")
     args = parser.parse_args(arguments)
     end = time.monotonic() + 60 * args.minutes
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    if args.merge:
+        write(args, merged(args.merge))
+        return 0
     path = args.output_dir / "gpu.json"
     report = json.loads(path.read_text()) if path.exists() else {"sections": {}}
     report["device"] = device()

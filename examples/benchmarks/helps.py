@@ -92,8 +92,8 @@ def values_of(task: str, scorer, rows: list[dict], reference: list | None) -> tu
     }, scores
 
 
-def run_one(task: str, seed: int, args: argparse.Namespace) -> dict:
-    """The untrained model, then each method from the same adapter."""
+def run_one(task: str, seed: int, args: argparse.Namespace) -> None:
+    """The untrained model, then each method from the same adapter; written after each."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -146,7 +146,7 @@ def run_one(task: str, seed: int, args: argparse.Namespace) -> dict:
         result["seconds"][method] = time.perf_counter() - started
         scorer = PerContrast(trainer.model, trainer.processing_class, **scoring)
         result["methods"][method], _ = values_of(task, scorer, test, reference)
-    return result
+        write(args.output_dir / f"{task}-{seed}.json", json.dumps(result))
 
 
 def write(path: Path, text: str) -> None:
@@ -166,7 +166,7 @@ def aggregate(runs: list[dict]) -> tuple[dict, str]:
     ]
     summary: dict = {}
     for task in SETTINGS:
-        own = [run for run in runs if run["task"] == task]
+        own = [run for run in runs if run["task"] == task and {*METHODS} <= run["methods"].keys()]
         for name in own[0]["methods"]["untrained"] if own else ():
             values = {
                 method: np.array([run["methods"][method][name] for run in own]) for method in ("untrained", *METHODS)
@@ -189,6 +189,10 @@ def aggregate(runs: list[dict]) -> tuple[dict, str]:
     return summary, "\n".join([*lines, ""])
 
 
+def is_done(path: Path) -> bool:
+    return path.exists() and {*METHODS} <= json.loads(path.read_text())["methods"].keys()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -203,9 +207,7 @@ def main() -> None:
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.one:
-        task, seed = args.one[0], int(args.one[1])
-        write(args.output_dir / f"{task}-{seed}.json", json.dumps(run_one(task, seed, args)))
-        return
+        return run_one(args.one[0], int(args.one[1]), args)
 
     def start(task: str, seed: int) -> subprocess.CompletedProcess:
         argv = [sys.executable, *sys.argv, "--one", task, str(seed)]
@@ -218,7 +220,7 @@ def main() -> None:
         write(args.output_dir / "helps.md", table)
 
     jobs = [(task, seed) for seed in args.seeds for task in args.tasks]
-    jobs = [(task, seed) for task, seed in jobs if not (args.output_dir / f"{task}-{seed}.json").exists()]
+    jobs = [(task, seed) for task, seed in jobs if not is_done(args.output_dir / f"{task}-{seed}.json")]
     failed = []
     with ThreadPoolExecutor(args.processes) as pool:
         for future in as_completed([pool.submit(start, *job) for job in jobs]):

@@ -127,7 +127,7 @@ def environment() -> dict:
         "device": device,
         "date": datetime.date.today().isoformat(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "command": shlex.join(["python", *sys.argv]),
+        "command": re.sub(r" --output_dir \S+", "", shlex.join(["python", *sys.argv])),
     }
 
 

