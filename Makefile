@@ -7,13 +7,19 @@ CONSTRAINTS ?= constraints.txt
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-oldest test-newest build fuzz chromium lint clean
+.PHONY: demo test test-oldest test-newest gpu build fuzz chromium lint clean
 
 demo: $(VENV)/ready
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/ready .cache/deepspeed chromium
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# All that is claimed of GPUs, on the one at hand, within MINUTES. Writes outputs/gpu/gpu.md; its figures go into examples/.
+MINUTES ?= 9
+gpu: $(VENV)/ready
+	@$(BIN)/python examples/smollm2.py >/dev/null
+	@$(BIN)/python examples/benchmarks/gpu.py --minutes $(MINUTES)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

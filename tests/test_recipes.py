@@ -95,7 +95,8 @@ def test_values(name, parsed):
     assert (training_args.adam_beta1, training_args.adam_beta2, training_args.optim) == (0.9, 0.999, "adamw_torch")
     assert (training_args.max_length, training_args.learning_rate) == (5000, 1e-4)
     assert training_args.num_train_epochs == 3
-    assert training_args.bf16 and training_args.gradient_checkpointing and "use_cpu" not in load(name)
+    assert training_args.gradient_checkpointing and "use_cpu" not in load(name)
+    assert (training_args.bf16, training_args.fp16) == ((False, True) if "fp16" in name else (True, False))
 
 
 def test_adapter_and_quantization(name, parsed):
@@ -105,13 +106,13 @@ def test_adapter_and_quantization(name, parsed):
     assert (peft_config.r, peft_config.lora_alpha, peft_config.lora_dropout) == (16, 32, 0.0)
     assert peft_config.target_modules == "all-linear"
     quantization_config = get_quantization_config(model_args)
-    if not name.endswith("_qlora.yaml"):
+    if "_qlora" not in name:
         assert quantization_config is None
         return
     assert quantization_config.load_in_4bit
     assert quantization_config.bnb_4bit_quant_type == "nf4"
     assert quantization_config.bnb_4bit_use_double_quant
-    assert str(quantization_config.bnb_4bit_compute_dtype) == "torch.bfloat16"
+    assert str(quantization_config.bnb_4bit_compute_dtype) == f"torch.{'float16' if 'fp16' in name else 'bfloat16'}"
 
 
 def test_a_qlora_recipe_is_its_lora_recipe_quantized():
@@ -121,6 +122,12 @@ def test_a_qlora_recipe_is_its_lora_recipe_quantized():
             lora, qlora = load(name.replace("_qlora", "_lora")), load(name)
             output_dir = lora["output_dir"].removesuffix("-lora") + "-qlora"
             assert qlora == {**lora, **quantized, "output_dir": output_dir}, name
+
+
+def test_the_fp16_recipe_is_its_qlora_recipe_in_float16():
+    (name,) = (name for name in NAMES if "fp16" in name)
+    qlora, fp16 = load(name.replace("_fp16", "")), load(name)
+    assert {**qlora, "dtype": "float16", "fp16": True, "output_dir": fp16["output_dir"]} == {**fp16, "bf16": True}
 
 
 def test_output_dirs_are_unique():

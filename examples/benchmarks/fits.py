@@ -17,8 +17,8 @@ What fits into which card: the peak memory of PerCE training, one row at a time 
 
 For each model (random weights of the published shape, LoRA r 16 on all linear layers), quantization and length, PyTorch may
 allocate what a card of so many GiB leaves beside this card's own CUDA context, the smallest limit first, until two training steps
-go through: "fits" is seen, not estimated. Writes fits.json and fits.md after each try. On a CPU, which is not limited, it measures the peak
-alone.
+go through: "fits" is seen, not estimated. Writes fits.json and fits.md after each try; what is in fits.json is kept. On a CPU, which is not
+limited, it measures the peak alone.
 """
 
 import argparse
@@ -109,14 +109,15 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--lengths must be over {QUESTION + RESPONSE}, the tokens of question and response.")
     be_quiet()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    device, entries = "cuda" if torch.cuda.is_available() else "cpu", []
+    device, path = "cuda" if torch.cuda.is_available() else "cpu", args.output_dir / "fits.json"
+    entries = json.loads(path.read_text())["entries"] if path.exists() else []
     kinds = [(model, quantization) for quantization in args.quantization for model in args.models]
     for name, quantization in tqdm(kinds, disable=not sys.stderr.isatty()):
         model = build_model(CONFIGS[name], quantization, device)
         for length in args.lengths:
             for found in tries(model, quantization, length, args.memory_gb, device):
                 entries.append({"model": name, "quantization": quantization, "length": length, **found})
-                with written_whole(args.output_dir / "fits.json") as part:
+                with written_whole(path) as part:
                     part.write_text(json.dumps({"environment": environment(), "entries": entries}, indent=1))
                 with written_whole(args.output_dir / "fits.md") as part:
                     part.write_text(markdown(entries))

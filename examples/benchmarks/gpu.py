@@ -105,21 +105,12 @@ def _where(args):
 
 
 def _fits(args):
-    shape = ["--models", "tiny", "--lengths", "500"]
-    if not args.rehearse:
-        shape = [
-            "--models",
-            "qwen3-4b",
-            "llama-3.1-8b",
-            "qwen3-14b",
-            "--quantization",
-            "nf4",
-            "bf16",
-            "--lengths",
-            "5000",
-        ]
-        shape += ["--memory_gb", "12", "16", "24", "48", "80"]
-    return [[f"{HERE}/fits.py", *shape]]
+    script = f"{HERE}/fits.py"
+    if args.rehearse:
+        return [[script, "--models", "tiny", "--lengths", "500"]]
+    models = ["--models", "qwen3-4b", "llama-3.1-8b", "qwen3-14b", "--quantization", "nf4", "bf16"]
+    t4 = [script, "--models", "qwen3-4b", "--quantization", "nf4-fp16", "--memory_gb", "15"]
+    return [[script, *models, "--memory_gb", "12", "16", "24", "48", "80"], t4]
 
 
 def _generation(args):
