@@ -126,6 +126,8 @@ def main(argv: list[str] | None = None) -> dict:
         )
         for name in ("padded", "continuous")
     }
+    if not generators["continuous"].is_continuous:
+        parser.exit(2, "continuous batching does not go with this model, as logged above\n")
     texts: dict[str, dict[int, str]] = {}
     figures: dict[str, list[dict]] = {name: [] for name in generators}
     for generator in generators.values():
