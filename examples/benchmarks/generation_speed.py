@@ -136,6 +136,7 @@ def main(argv: list[str] | None = None) -> dict:
         for name, generator in generators.items():
             texts[name], own = measure(generator, prompts)
             figures[name].append(own)
+            print(f"{name}: {own['tokens']} tokens in {own['seconds']:.1f} s", file=sys.stderr, flush=True)
 
     lengths = sorted(len(prompt.input_ids) for prompt in prompts)
     same = sum(texts["padded"][row] == text for row, text in texts["continuous"].items()) / len(prompts)
