@@ -256,3 +256,4 @@ def test_the_command_line_in_its_own_process_ends_without_a_traceback(tmp_path):
     assert result.returncode == 2
     assert "trl-perce train: error: train dataset, row 0: '<persona>' is not closed" in result.stderr
     assert "Traceback" not in result.stderr
+    assert "gemm_4bit" not in result.stderr  # bitsandbytes, on CPUs with AVX512-BF16: nothing here has 4 bits

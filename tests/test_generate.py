@@ -1,3 +1,4 @@
+import gc
 import json
 import signal
 import subprocess
@@ -41,6 +42,14 @@ def arguments(make_args):
         return make_args(GenerationArguments, **{"max_new_tokens": 12, "temperature": 0, "max_length": None, **kwargs})
 
     return make
+
+
+@pytest.fixture
+def quick_collections():
+    """Continuous batching collects garbage each time that it stops, which takes long in a process as full as this one."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def texts(generator, rows=ROWS, **kwargs):
@@ -233,7 +242,7 @@ def test_guidance_is_that_of_the_logits(kind, scale, tokenizer, arguments):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_continuous_batching_makes_the_same(kind, tokenizer, arguments):
+def test_continuous_batching_makes_the_same(kind, tokenizer, arguments, quick_collections):
     model = make_tiny_model(kind).eval()
     attention = model.config._attn_implementation
     padded, continuous = (
@@ -241,7 +250,7 @@ def test_continuous_batching_makes_the_same(kind, tokenizer, arguments):
         for on in (None, True)
     )
     expected = texts(padded)
-    assert not padded._is_continuous  # on CPU it is slower
+    assert not padded.is_continuous  # on CPU it is slower
     assert texts(continuous) == expected
     # A cache with room for about one row at a time, and fewer rows
     narrow = arguments(temperature=0.7, top_p=0.8, continuous_batching=True, generation_batch_tokens=1)
@@ -253,7 +262,7 @@ def test_continuous_batching_makes_the_same(kind, tokenizer, arguments):
     assert model.config._attn_implementation == attention and not model._forward_hooks
 
 
-def test_continuous_batching_with_adapters_autocast_and_nan(tokenizer, arguments):
+def test_continuous_batching_with_adapters_autocast_and_nan(tokenizer, arguments, quick_collections):
     base = make_tiny_model("llama").to(torch.bfloat16)
     lora = LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     model = get_peft_model(base, lora).train()
@@ -283,12 +292,11 @@ def test_continuous_batching_with_adapters_autocast_and_nan(tokenizer, arguments
         ({}, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "and no prompt tuning"),
     ],
 )
-def test_what_continuous_batching_does_not_go_with(tokenizer, arguments, kwargs, peft_config, message):
+def test_what_continuous_batching_does_not_go_with(tokenizer, arguments, caplog, kwargs, peft_config, message):
     model = make_tiny_model("llama")
     model = model if peft_config is None else get_peft_model(model, peft_config)
-    with pytest.raises(ValueError, match=message):
-        TransformersGenerator(model, tokenizer, arguments(**kwargs, continuous_batching=True))
-    assert len(texts(TransformersGenerator(model, tokenizer, arguments(**kwargs)))) == 7
+    generator = TransformersGenerator(model, tokenizer, arguments(**kwargs, continuous_batching=True))
+    assert message in caplog.text and not generator.is_continuous and len(texts(generator)) == 7
 
 
 def test_rows_that_are_finished_leave_the_batch(tokenizer, arguments):
@@ -314,7 +322,7 @@ def test_rows_that_are_finished_leave_the_batch(tokenizer, arguments):
         assert together[: lengths[row]] == own[: lengths[row]]
 
 
-def test_the_benchmark_of_both(tmp_path, monkeypatch, capsys):
+def test_the_benchmark_of_both(tmp_path, monkeypatch, capsys, quick_collections):
     config = make_tiny_model("qwen3").config
     monkeypatch.setitem(shapes.CONFIGS, "qwen3-0.6b", config)
     output = tmp_path / "speed.json"

@@ -126,6 +126,8 @@ def main(argv: list[str] | None = None) -> dict:
         )
         for name in ("padded", "continuous")
     }
+    if not generators["continuous"].is_continuous:
+        parser.exit(2, "continuous batching does not go with this model, as logged above\n")
     texts: dict[str, dict[int, str]] = {}
     figures: dict[str, list[dict]] = {name: [] for name in generators}
     for generator in generators.values():
@@ -134,6 +136,7 @@ def main(argv: list[str] | None = None) -> dict:
         for name, generator in generators.items():
             texts[name], own = measure(generator, prompts)
             figures[name].append(own)
+            print(f"{name}: {own['tokens']} tokens in {own['seconds']:.1f} s", file=sys.stderr, flush=True)
 
     lengths = sorted(len(prompt.input_ids) for prompt in prompts)
     same = sum(texts["padded"][row] == text for row, text in texts["continuous"].items()) / len(prompts)

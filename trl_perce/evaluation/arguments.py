@@ -45,7 +45,8 @@ class GenerationArguments(PerContrastConfig):
         continuous_batching (`bool`, *optional*):
             Whether rows are generated with Transformers' continuous batching, in which a row that is finished makes room for the
             next one. Changes speed, memory and rounding. By default where it was measured to be faster, which on CPU it was not.
-            Models whose layers are not all attention, prompt tuning and `guidance_scale` do not go with it.
+            Models whose layers are not all attention, prompt tuning, `guidance_scale` and autocast from another dtype do not go with
+            it: rows are then padded to batches, which is logged.
 
     Raises:
         `ValueError`: A value is out of its range; the message says which and what to write instead.

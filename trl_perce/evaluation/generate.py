@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftConfig, PeftModel
 from torch.nn.functional import pad
@@ -51,6 +52,8 @@ from ..preparation import Preparation
 from .arguments import GenerationArguments
 from .predictions import Prompt, make_prompts, stop_tokens, to_prediction
 
+
+logger = get_logger(__name__)
 
 # Rows that what batches by itself (vLLM, continuous batching) is given at a time. What is finished is written in between.
 _BLOCK_ROWS = 256
@@ -140,9 +143,6 @@ class TransformersGenerator(_Generator):
             Configuration. If `None`, it is made of `config`.
         **config:
             Fields of [`GenerationArguments`], such as `temperature=0`.
-
-    Raises:
-        `ValueError`: `continuous_batching` is set and does not go with the model, its adapter or `guidance_scale`.
     """
 
     def __init__(
@@ -165,11 +165,12 @@ class TransformersGenerator(_Generator):
         if isinstance(self._base, PeftModel):
             self._base = self._base.get_base_model()
         self.stop = stop_tokens(self.tokenizer, self._base.generation_config)
-        self._is_continuous = args.continuous_batching
-        if self._is_continuous is None:
-            self._is_continuous = self._device.type in _CONTINUOUS_ON and self._why_not_continuous() is None
-        elif self._is_continuous and (reason := self._why_not_continuous()):
-            raise ValueError(f"`continuous_batching` {reason}. Leave it out.")
+        why_not = self._why_not_continuous()
+        self.is_continuous = why_not is None and (
+            self._device.type in _CONTINUOUS_ON if args.continuous_batching is None else args.continuous_batching
+        )
+        if args.continuous_batching and why_not is not None:
+            logger.warning(f"`continuous_batching` {why_not}. Rows are padded to batches instead.")
 
     def _why_not_continuous(self) -> str | None:
         if self.args.guidance_scale != 1:
@@ -203,7 +204,7 @@ class TransformersGenerator(_Generator):
         return next(self.model.parameters()).device
 
     def _batches(self, prompts: list[Prompt]) -> list[list[Prompt]]:
-        if self._is_continuous:
+        if self.is_continuous:
             return [prompts[start : start + _BLOCK_ROWS] for start in range(0, len(prompts), _BLOCK_ROWS)]
         return self._padded_batches(prompts)
 
@@ -219,7 +220,7 @@ class TransformersGenerator(_Generator):
 
     @torch.no_grad()
     def _generate(self, prompts: list[Prompt]) -> list[list[int]]:
-        return self._generate_continuously(prompts) if self._is_continuous else self._generate_padded(prompts)
+        return self._generate_continuously(prompts) if self.is_continuous else self._generate_padded(prompts)
 
     def _generate_padded(self, prompts: list[Prompt]) -> list[list[int]]:
         ids, mask = self._left_padded([prompt.input_ids for prompt in prompts])
@@ -274,23 +275,20 @@ class TransformersGenerator(_Generator):
             try:
                 while len(made) < len(prompts) and processor.error is None:
                     output = manager.get_result(timeout=0.1)
-                    if output is None and not manager.is_running():
-                        break
-                    if output is not None and output.error is None:
-                        made[int(output.request_id)] = output.generated_tokens
+                    if output is None and manager.is_running():
+                        continue
+                    if output is None or output.error is not None:
+                        reason = output.error if output else manager.background_thread_status.fatal_error
+                        raise RuntimeError(f"Continuous batching stopped: {reason}")
+                    made[int(output.request_id)] = output.generated_tokens
             finally:
                 manager.stop(hard_stop=True)
                 manager.destroy()
         if processor.error is not None:
-            for batch in self._padded_batches(
-                prompts
-            ):  # a NaN spreads over a step's rows: tell those that have it themselves
+            # A NaN spreads over the rows of a step: find those that have it by themselves
+            for batch in self._padded_batches(prompts):
                 self._generate_padded(batch)
             raise processor.error
-        if len(made) < len(prompts):
-            raise RuntimeError(
-                "Continuous batching ended too early."
-            ) from manager.background_thread_status.fatal_error
         return [made[prompt.row] for prompt in prompts]
 
     def _left_padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
