@@ -3,7 +3,21 @@
 import copy
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+
+
+# Bound on what is left between two computations in float64, in nats: scores are kept in float32, whose spacing is 2^-20
+# between 8 and 16, where most log-probabilities of tiny models lie; a PIR is the difference of two; and twice that, since
+# the models' norms compute in float32 still
+FLOAT32 = 2**-18
+
+# Bound on the root mean square of what bfloat16 arithmetic does to SmolLM2's log-probabilities, in nats: some 10 roundings
+# in each of 30 layers, 2^-9 of the value each, add up as their root, and its logits spread by 3 nats (standard deviation):
+# sqrt(300) * 2^-9 * 3 = 0.1; thrice
+BF16 = 0.3
 
 
 @dataclass
@@ -108,3 +122,15 @@ def reference(
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return Reference(loss.item(), gradients, all_pir, all_weights)
+
+
+def put_4bit_weights(model, quantized):
+    """Put into a model in full precision the values that the 4-bit weights of another one stand for."""
+    layers = {name: layer for name, layer in quantized.named_modules() if isinstance(layer, Linear4bit)}
+    assert layers
+    for name, layer in layers.items():
+        model.get_submodule(name).weight.data.copy_(dequantize_4bit(layer.weight.data, layer.weight.quant_state))
+
+
+def root_mean_square(values: np.ndarray) -> float:
+    return float(np.sqrt((values**2).mean()))

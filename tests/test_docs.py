@@ -16,6 +16,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 
 from conftest import GENERATION, ROOT, make_tiny_model
+from reference import BF16
 from rows import write_lines, write_splits
 from servers import needs_openai
 from trl_perce.cli.main import main
@@ -231,4 +232,6 @@ def test_the_notebook(smollm2, monkeypatch):
         r"mean PIR: ([+-][\d.]+) nats with the right persona, ([+-][\d.]+)", json.dumps(cells, ensure_ascii=False)
     )
     means = [scope[name].pir.mean() for name in ("scores", "other")]
-    assert [float(number) for number in kept.groups()] == pytest.approx(means, abs=0.05) and means[0] > means[1]
+    bound = 2 * BF16 / len(scope["scores"].pir) ** 0.5  # in bfloat16, two passes of each of two machines
+    assert [float(number) for number in kept.groups()] == pytest.approx(means, abs=bound)
+    assert means[0] - means[1] > 2 * bound

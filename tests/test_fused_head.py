@@ -16,7 +16,7 @@ OUTPUTS = ("log_probs", "entropy", "is_top1")
 
 def score(kind, batch, labelled_only):
     """Per-token outputs, gradients of a loss, and floating-point operations of the head's projection."""
-    model = make_tiny_model(kind)
+    model = make_tiny_model(kind).double()  # float32's own rounding is about 1e-6, and differs from one CPU to another
     utils.add_fused_lm_head(model, outputs=OUTPUTS)
     with FlopCounterMode(display=False) as counter:
         if labelled_only:

@@ -5,7 +5,7 @@ import torch
 from datasets import IterableDataset
 
 from conftest import TINY_CONFIGS, make_tiny_model
-from reference import make_rows, reference
+from reference import FLOAT32, make_rows, reference
 from test_trainer import assert_close, one_sgd_step, record_pir, to_dataset, train
 from trl_perce import PerCETrainer
 
@@ -45,7 +45,8 @@ def test_pir_is_the_same_in_every_layout(make_args, tokenizer, monkeypatch, kind
         options = {"per_device_train_batch_size": 9, "num_train_epochs": 1, "learning_rate": 0.0, **layout}
         options |= {"counterfactual": counterfactual, "train_sampling_strategy": "sequential"}
         args = make_args(**options)
-        trainer = PerCETrainer(make_tiny_model(kind), args, train_dataset=to_dataset(rows), processing_class=tokenizer)
+        model = make_tiny_model(kind).double()
+        trainer = PerCETrainer(model, args, train_dataset=to_dataset(rows), processing_class=tokenizer)
         trainer.train()
         found[name] = pir_by_row(recorded, trainer, rows)
         monkeypatch.undo()
@@ -54,7 +55,7 @@ def test_pir_is_the_same_in_every_layout(make_args, tokenizer, monkeypatch, kind
     for name, pirs in found.items():
         assert pirs.keys() == expected.keys(), name
         for response, pir in pirs.items():
-            assert torch.allclose(pir, expected[response], atol=2e-5), name
+            torch.testing.assert_close(pir, expected[response], atol=FLOAT32, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("normalization", ["none", "sequence"])

@@ -7,7 +7,7 @@ from trl import SFTConfig, SFTTrainer
 
 import trl_perce.trainer
 from conftest import TINY_CONFIGS, make_tiny_model
-from reference import make_rows, masked_context_log_probs, reference, response_log_probs
+from reference import FLOAT32, make_rows, masked_context_log_probs, reference, response_log_probs
 from trl_perce import DataCollatorForPerCE, PerCETrainer
 
 
@@ -22,9 +22,9 @@ def train(make_args, tokenizer, model, rows, **kwargs):
     return trainer
 
 
-def one_sgd_step(make_args, tokenizer, kind, rows, **kwargs):
+def one_sgd_step(make_args, tokenizer, kind, rows, dtype=torch.float32, **kwargs):
     """Loss of one optimizer step, and the gradients, read off the parameters: plain SGD with learning rate 1."""
-    model = make_tiny_model(kind)
+    model = make_tiny_model(kind).to(dtype)
     before = copy.deepcopy(model.state_dict())
     trainer = train(
         make_args,
@@ -130,12 +130,13 @@ def test_the_other_weightings(make_args, tokenizer, kind, options):
 def test_weights_carry_no_gradient(make_args, tokenizer):
     # With all weights at a bound the weighted gradient is the bound times the plain one, if nothing flows through them
     rows = make_rows(seed=3, count=4, with_persona=1.0)
-    _, plain = one_sgd_step(
-        make_args, tokenizer, "llama", rows, token_weighting="uniform", per_device_train_batch_size=4
-    )
+    options = {"per_device_train_batch_size": 4, "dtype": torch.float64}
+    _, plain = one_sgd_step(make_args, tokenizer, "llama", rows, token_weighting="uniform", **options)
     bounds = {"weight_clip_min": 3.0, "weight_clip_max": 3.0}
-    _, tripled = one_sgd_step(make_args, tokenizer, "llama", rows, per_device_train_batch_size=4, **bounds)
-    assert_close(tripled, {name: 3 * value.double() for name, value in plain.items()}, relative=1e-5)
+    _, tripled = one_sgd_step(make_args, tokenizer, "llama", rows, **bounds, **options)
+    assert_close(
+        tripled, {name: 3 * value for name, value in plain.items()}, relative=1e-5
+    )  # the norms are in float32
 
 
 # ── 2. uniform is SFT ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -215,8 +216,9 @@ def test_pir_of_each_token_against_raw_logits(make_args, tokenizer, monkeypatch,
     rows = make_rows(seed=6, count=5, with_persona=1.0)
     recorded = record_pir(monkeypatch)
     args = {"max_steps": 1, "per_device_train_batch_size": 5, "learning_rate": 0.0, "counterfactual": counterfactual}
-    train(make_args, tokenizer, make_tiny_model(kind), rows, **args, train_sampling_strategy="sequential")
-    double = make_tiny_model(kind).double().eval()  # the learning rate was 0
+    model = make_tiny_model(kind).double()
+    train(make_args, tokenizer, model, rows, **args, train_sampling_strategy="sequential")
+    double = model.eval()  # the learning rate was 0
     expected = []
     with torch.no_grad():
         for row in rows:
@@ -227,7 +229,7 @@ def test_pir_of_each_token_against_raw_logits(make_args, tokenizer, monkeypatch,
                 without = masked_context_log_probs(double, row)
             expected.append(factual - without)
     (pir,) = recorded
-    assert torch.allclose(pir.double(), torch.cat(expected), atol=2e-5)
+    torch.testing.assert_close(pir.double(), torch.cat(expected), atol=FLOAT32, rtol=0)
 
 
 # ── 4. alone and in a batch ──────────────────────────────────────────────────────────────────────────────────────────
@@ -240,10 +242,10 @@ def test_a_row_has_the_same_pir_alone_and_padded_beside_others(make_args, tokeni
     for size in (1, 6):
         args = {"per_device_train_batch_size": size, "num_train_epochs": 1, "learning_rate": 0.0}
         args |= {"counterfactual": counterfactual, "train_sampling_strategy": "sequential"}
-        train(make_args, tokenizer, make_tiny_model("llama"), rows, **args)
+        train(make_args, tokenizer, make_tiny_model("llama").double(), rows, **args)
     alone, together = torch.cat(recorded[:-1]), recorded[-1]
     assert len(recorded) == 6 + 1 and alone.numel() == sum(len(row.response) for row in rows if row.persona)
-    assert torch.allclose(alone, together, atol=1e-5)
+    torch.testing.assert_close(alone, together, atol=FLOAT32, rtol=0)
 
 
 def test_rows_without_personas_pay_no_counterfactual_pass(make_args, tokenizer, monkeypatch):
