@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conftest import ROOT
-from evaluate_on_processes import evaluate_loaded
 from processes import adapter_of, assert_same_adapter, recipe, run, start
 from reference import make_rows
 from rows import write_lines, write_splits
+from score_and_evaluate import evaluate_loaded
 from trl_perce.cli.main import main
 
 
@@ -205,15 +205,36 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_two_processes_score_as_one_also_when_one_of_them_is_killed(tmp_path, tiny_model, one_thread):
-    values = {"model_name_or_path": tiny_model, "use_cpu": True, "bf16": False, "max_length": 200}
-    values |= {"dataset_name": write_lines(tmp_path / "rows.jsonl", map(make_ragged_row, range(301)))}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values | {"score_batch_tokens": 1}))
-    assert main(["score", "--config", str(tmp_path / "config.yaml"), "--output_dir", str(tmp_path / "one")]) == 0
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values | {"score_batch_tokens": 1, "num_processes": 2}))
-    argv = ["score", "--config", str(tmp_path / "config.yaml"), "--output_dir", str(tmp_path / "two")]
+def test_two_processes_score_and_evaluate_as_one_and_go_on_with_what_killed_ones_have_left(
+    tmp_path, tiny_model, one_thread
+):
+    rows = write_lines(tmp_path / "rows.jsonl", map(make_ragged_row, range(151)))
+    one, two = tmp_path / "one", tmp_path / "two"
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model),
+        LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
 
-    launcher, parts = start(argv), [tmp_path / "two" / f"scores.jsonl.part{end}" for end in ("", "-1")]
+    def config(command, folder, **launch):
+        values = {"model_name_or_path": tiny_model, "dataset_name": rows, "use_cpu": True, "bf16": False}
+        if command == "score":
+            values |= {"max_length": 200, "score_batch_tokens": 1}
+        else:
+            values |= {"adapter": str(tmp_path / "adapter"), "metrics": ["rouge"], "swap_persona": True}
+            values |= {"max_length": 600, "max_new_tokens": 8, "max_rows": 13}
+            values |= {"generation_batch_tokens": 300, "score_batch_tokens": 300}
+        path = tmp_path / f"{command}.yaml"
+        path.write_text(yaml.safe_dump({**values, **launch, "output_dir": str(folder / "run")}))
+        return str(path)
+
+    assert main(["score", "--config", config("score", one)]) == 0
+    assert main(["evaluate", "--config", config("evaluate", one)]) == 0
+    result = evaluate_loaded(AutoModelForCausalLM.from_pretrained(tiny_model), tiny_model, rows, one / "loaded")
+
+    # The second of two processes is killed
+    launcher = start(["score", "--config", config("score", two, num_processes=2)])
+    parts = [two / "run-scores" / f"scores.jsonl.part{end}" for end in ("", "-1")]
     while not all(part.is_file() and part.stat().st_size for part in parts):
         assert launcher.poll() is None, launcher.communicate()
         time.sleep(0.01)
@@ -223,46 +244,32 @@ def test_two_processes_score_as_one_also_when_one_of_them_is_killed(tmp_path, ti
     _, errors = launcher.communicate(timeout=60)
     assert launcher.returncode == 128 + signal.SIGKILL and "Traceback" not in errors
     assert "trl-perce score: error: process 1 was ended by SIGKILL" in errors
-    assert not any(worker.is_running() for worker in workers) and not (tmp_path / "two" / "scores.jsonl").exists()
-
+    assert not any(worker.is_running() for worker in workers) and not (two / "run-scores" / "scores.jsonl").exists()
+    finished = [part.read_bytes().count(b"\n") for part in parts]
+    assert min(finished) > 0 and sum(finished) < 151
     with open(parts[1], "ab") as part:
-        part.write(b'{"row": 300, "per')
-    finished = sum(part.read_bytes().count(b"\n") for part in parts)
-    assert 2 <= finished < 301 and len({line for part in parts for line in part.read_bytes().splitlines()[:-1]}) > 0
-    said = run("trl-perce", *argv).stdout
-    assert said.count(f"{finished} rows are scored already.") == said.count(f"Scored {301 - finished} rows") == 1
-    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+        part.write(b'{"row": 150, "per')
 
-
-def test_two_processes_evaluate_as_one_and_go_on_with_what_others_have_left(tmp_path, tiny_model, one_thread):
-    rows = write_lines(tmp_path / "rows.jsonl", map(make_ragged_row, range(13)))
-    adapted = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tiny_model),
-        LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"),
-    )
-    adapted.save_pretrained(tmp_path / "adapter")
-    argv = ["--model_name_or_path", tiny_model, "--adapter", str(tmp_path / "adapter"), "--dataset_name", rows]
-    argv += ["--use_cpu", "--bf16", "False", "--metrics", "rouge", "--swap_persona", "--max_length", "600"]
-    argv += ["--max_new_tokens", "8", "--generation_batch_tokens", "300", "--score_batch_tokens", "300"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert main(["evaluate", *argv, "--output_dir", str(one / "command")]) == 0
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    result = evaluate_loaded(model, tiny_model, rows, one / "loaded")
-
-    # What three killed processes might have left of the adapter's predictions
-    left = two / "command"
+    # What three killed processes might have left of the predictions
+    left = two / "run-evaluation"
     left.mkdir(parents=True)
-    shutil.copy(one / "command" / "settings.json", left)
-    lines = (one / "command" / "predictions.jsonl").read_bytes().splitlines(keepends=True)
+    shutil.copy(one / "run-evaluation" / "settings.json", left)
+    lines = (one / "run-evaluation" / "predictions.jsonl").read_bytes().splitlines(keepends=True)
     for end, kept in (("", lines[4:6]), ("-1", [lines[12]]), ("-2", [lines[0], lines[1][:-9]])):
         (left / f"predictions.jsonl.part{end}").write_bytes(b"".join(kept))
+
     launch, env = two_processes("ddp")
-    script = [str(ROOT / "tests" / "evaluate_on_processes.py"), tiny_model, rows, str(two / "loaded")]
-    command = ["evaluate", *argv, "--output_dir", str(left)]
-    said = run("accelerate", "launch", "--config_file", *launch, *script, *command, **env).stdout
-    assert said.count("4 predictions are there already.") == said.count("Generated 9 predictions in") == 1
+    script = [str(ROOT / "tests" / "score_and_evaluate.py"), tiny_model, rows, str(two / "loaded")]
+    script += [config("score", two), config("evaluate", two)]
+    said = run("accelerate", "launch", "--config_file", *launch, *script, **env).stdout
+    for line in (
+        *(f"{sum(finished)} rows are scored already.", f"Scored {151 - sum(finished)} rows in"),
+        *("4 predictions are there already.", "Generated 9 predictions in", "Scored 13 rows (reference)"),
+    ):
+        assert said.count(line) == 1, line
     for rank, expected in enumerate((result, {})):
         file = two / "loaded" / f"result-{rank}.json"
         assert json.loads(file.read_text()) == json.loads(json.dumps(expected))
         file.unlink()
-    assert contents(two) == contents(one) and "command/reference/scores.jsonl" in contents(two)
+    expected = contents(one)
+    assert contents(two) == expected and "run-evaluation/reference/scores.jsonl" in expected

@@ -14,7 +14,7 @@ from processes import run
 from rows import write_lines
 from trl_perce import PerContrast, TokenScores
 from trl_perce.cli.main import main
-from trl_perce.score_file import ScoreFile
+from trl_perce.score_file import ScoreFile, remove_scores
 
 
 FILES = {"scores.jsonl", "settings.json", "heatmap.html", "heatmap.png", "report.md", "report.json"}
@@ -88,7 +88,7 @@ def test_other_settings_are_another_run(score, tmp_path, capsys):
 
 
 def test_a_training_recipe_scores_its_data(score, tmp_path, capsys):
-    recipe = {"learning_rate": 1e-4, "use_peft": True, "num_processes": 2, "counterfactual": "mask", "max_length": 100}
+    recipe = {"learning_rate": 1e-4, "use_peft": True, "counterfactual": "mask", "max_length": 100}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(recipe | {"output_dir": str(tmp_path / "trained")}))
     config = ["--config", str(tmp_path / "config.yaml")]
     assert score("--max_rows", "2", config=config) == 0
@@ -184,9 +184,32 @@ def test_rows_are_whole_or_not_there(tmp_path):
     again.append(iter([TokenScores.left_out(1, "why")]))
     again.finish()
     assert [scores.row for scores in again] == [0, 1, 2] and not file.part.exists()
+    file.part.write_text("")  # a run that was killed at its very end
     assert ScoreFile(tmp_path, {"a": 1}).done == {0, 1, 2}
+    assert not file.part.exists()
     with pytest.raises(ValueError, match="`a` was 1 and is 2"):
         ScoreFile(tmp_path, {"a": 2})
+
+
+def test_what_several_processes_have_left_one_goes_on_with(tmp_path):
+    first = ScoreFile(tmp_path, {"a": 1})
+    first.append(iter([TokenScores.left_out(4, "why")]))
+    second = tmp_path / "scores.jsonl.part-1"  # as another process would
+    second.write_text(json.dumps(TokenScores.left_out(1, "why").to_dict()) + "\n")
+    again = ScoreFile(tmp_path, {"a": 1})
+    assert again.done == {1, 4} and again.share().index == 0 and again.share().count == 1
+    with open(second, "a") as part:
+        part.writelines(json.dumps(TokenScores.left_out(row, "why").to_dict()) + "\n" for row in (3, 0))
+    again.append(iter([TokenScores.left_out(2, "why")]))
+    assert [again.share().elsewhere() for _ in range(2)] == [
+        2,
+        0,
+    ]  # what the progress bar moves by, beside its own row
+    again.finish()
+    assert [scores.row for scores in again] == [*range(5)]
+    assert {path.name for path in tmp_path.iterdir()} == {"scores.jsonl", "settings.json"}
+    remove_scores(tmp_path)
+    assert not [*tmp_path.iterdir()]
 
 
 # ── bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -199,7 +222,8 @@ def test_rows_are_whole_or_not_there(tmp_path):
         (["--max_rows", "0"], "`max_rows` is 0"),
         (["--png_rows", "0"], "`png_rows` is 0"),
         (["--adaptr", "x"], "Did you mean `adapter`"),
-        (["--num_processes", "2"], "unknown key or argument `num_processes`"),
+        (["--num_proceses", "2"], "Did you mean `num_processes`"),
+        (["--accelerate_config", "nowhere"], "Accelerate config nowhere is neither a file nor"),
         (["--adapter", "/tmp"], "no 'adapter_config.json' in '/tmp'"),
         (["--model_name_or_path", "./nowhere"], "there is no folder './nowhere'"),
         (["--model_name_or_path", "nobody/nothing"], "nobody/nothing"),
