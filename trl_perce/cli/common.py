@@ -251,13 +251,17 @@ def begin_worker(needs_whole_model: bool) -> None:
     What a process does first that a launcher has started.
 
     Args:
-        needs_whole_model (`bool`): Whether what Accelerate's configuration says of sharding (FSDP, DeepSpeed, …) is left alone, and said so.
+        needs_whole_model (`bool`): Whether each process must hold all of the model ([`keep_model_whole`]).
     """
     end_with_parent()
     if not is_main_process():
         disable_progress_bars()
-    if not needs_whole_model:
-        return
+    if needs_whole_model:
+        keep_model_whole()
+
+
+def keep_model_whole() -> None:
+    """Leave alone what Accelerate's configuration says of sharding (FSDP, DeepSpeed, …), which is for training, and say so."""
     found = [name for name in _SHARDING if os.environ.pop(f"ACCELERATE_USE_{name}", "false").lower() == "true"]
     if found and is_main_process():
         print(f"Not sharded ({', '.join(found)}): each process holds the whole model.", file=sys.stderr)
