@@ -14,7 +14,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -39,8 +38,10 @@ LEFT_BEHIND = {
 }
 
 
-def train(config, folder, *arguments, **env):
-    return run("trl-perce", "train", "--config", config, "--output_dir", str(folder), *arguments, timeout=240, **env)
+def train_on_one(config, folder, *arguments):
+    """With the whole batch, in this process."""
+    argv = ["--config", config, "--output_dir", str(folder), "--per_device_train_batch_size", "4", *arguments]
+    assert main(["train", *argv]) == 0
 
 
 def two_processes(strategy: str) -> tuple[list[str], dict[str, str]]:
@@ -68,8 +69,8 @@ def two_processes(strategy: str) -> tuple[list[str], dict[str, str]]:
 def train_on_two(config, folder, *arguments, strategy="ddp"):
     """With half the batch on each process."""
     launch, env = two_processes(strategy)
-    batch = ["--per_device_train_batch_size", "2"]
-    return train(config, folder, *batch, *arguments, "--accelerate_config", *launch, **env)
+    argv = ["--config", config, "--output_dir", str(folder), "--per_device_train_batch_size", "2", *arguments]
+    return run("trl-perce", "train", *argv, "--accelerate_config", *launch, timeout=240, **env)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def make_config(tmp_path_factory, tiny_model):
 def on_one(tmp_path_factory, make_config):
     """The run on one process, and its recipe."""
     config, folder = make_config(eval_strategy="epoch"), tmp_path_factory.mktemp("one")
-    train(config, folder, "--per_device_train_batch_size", "4")
+    train_on_one(config, folder)
     assert max(value.abs().max() for name, value in adapter_of(folder).items() if "lora_B" in name) > 1e-2
     return config, folder
 
@@ -127,21 +128,22 @@ def test_two_processes_give_the_loss_the_metrics_and_the_adapter_of_one(tmp_path
 
 def test_streams_shard_over_processes(tmp_path, make_config):
     config = make_config(dataset_streaming=True, max_steps=4)
-    train(config, tmp_path / "one", "--per_device_train_batch_size", "4")
+    train_on_one(config, tmp_path / "one")
     train_on_two(config, tmp_path / "two")
     assert_same_adapter(adapter_of(tmp_path / "one"), adapter_of(tmp_path / "two"), atol=5e-6)
 
 
-def test_two_processes_resume_on_one_and_back(tmp_path, make_config):
+def test_two_processes_resume_on_one_and_back(tmp_path, make_config, capfd):
     # With log-probabilities that are kept for two epochs: the second epoch runs no counterfactual pass, on any process
     config = make_config(counterfactual_refresh_epochs=2, resume_from_checkpoint=True)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(config, whole, "--per_device_train_batch_size", "4")
+    train_on_one(config, whole)
     steps = ("--save_strategy", "steps", "--save_steps", "1", "--max_steps")
     train_on_two(config, parts, *steps, "1")
     assert len([*(parts / "checkpoint-1").glob("counterfactual_log_probs_*")]) == 2
-    result = train(config, parts, "--per_device_train_batch_size", "4", *steps, "2")
-    assert "checkpoint-1" in result.stdout
+    capfd.readouterr()
+    train_on_one(config, parts, *steps, "2")
+    assert "checkpoint-1" in capfd.readouterr().out
     (file,) = (parts / "checkpoint-2").glob("counterfactual_log_probs_*")
     personas = sum(bool(row.persona) for row in make_rows(seed=21, count=16, with_persona=0.4))
     assert load_file(file)["lengths"].numel() == personas
@@ -190,15 +192,6 @@ def make_ragged_row(index):
             {"role": "assistant", "content": f"A new set of {index} needles. " * (40 if index == 3 else 1)}
         ],
     }
-
-
-@pytest.fixture
-def one_thread():
-    """As the processes that `run` starts: other numbers of threads round differently."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def contents(folder):
