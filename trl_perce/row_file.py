@@ -56,6 +56,7 @@ class RowFile:
         suffix = "" if state.is_main_process else f"-{state.process_index}"
         self.part = self.folder / f"{name}.part{suffix}"
         found: list[Any] = [None, None]
+        self._sizes: dict[Path, int] = {}
         if state.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             is_finished = self.path.is_file()
@@ -63,8 +64,8 @@ class RowFile:
             found = [is_finished, [line["row"] for line in self.lines()] if is_finished else [*self._read_parts()]]
             if is_finished:  # a run that was killed at its very end may have left them
                 _remove_parts(self.folder, name)
+            self._sizes = {part: part.stat().st_size for part in self._parts()}
         # One view of what is done, or a row would be nobody's
-        self._sizes = {part: part.stat().st_size for part in self._parts()}  # before anyone goes on
         self.is_finished, rows = broadcast_object_list(found)
         self.done = set(rows)
         self._own: list[int] = []
