@@ -115,7 +115,7 @@ def try_scenario(scenario: Scenario, folder: Path, kills: int, rng: random.Rando
             killed += 1
         ended += 1
         same += scenario.result(disturbed) == expected
-    return killed, ended, same, len([*folder.rglob("*.part")])
+    return killed, ended, same, len([*folder.rglob("*.part*")])
 
 
 def run(scenario: Scenario, folder: Path, moment: float | None = None) -> tuple[float, float] | None:
@@ -185,6 +185,18 @@ def make_scenarios(folder: Path) -> dict[str, Scenario]:
     def lines(path: Path) -> list[dict[str, Any]]:
         return sorted(read_lines(path), key=lambda line: line["row"])
 
+    def score(*options: str) -> Callable[[Path], list[str]]:
+        return lambda out: ["score", *shared, "--output_dir", str(out), "--use_cpu", "true", *small, *options]
+
+    def scored(out: Path) -> Any:
+        return lines(out / "scores.jsonl")
+
+    def evaluate(*options: str) -> Callable[[Path], list[str]]:
+        return lambda out: ["evaluate", *shared, "--output_dir", str(out), "--metrics", "rouge", *short, *options]
+
+    def evaluated(out: Path) -> Any:
+        return lines(out / "predictions.jsonl"), json.loads((out / "metrics.json").read_text())["metrics"]
+
     lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
     histories = {"benchmark": "histories", "format": "rows", "path": str(make_histories(folder / "histories"))}
     sizes = {"train_rows": 16, "test_rows": 6, "validation_rows": 4, "retrieval": {"method": "recency", "k": 1}}
@@ -202,14 +214,10 @@ def make_scenarios(folder: Path) -> dict[str, Scenario]:
     return {
         "train": Scenario(train(), trained),
         "train, 2 processes": Scenario(train("--num_processes", "2", "--accelerate_config", str(DDP)), trained),
-        "score": Scenario(
-            lambda out: ["score", *shared, "--output_dir", str(out), "--use_cpu", "true", *small],
-            lambda out: lines(out / "scores.jsonl"),
-        ),
-        "evaluate": Scenario(
-            lambda out: ["evaluate", *shared, "--output_dir", str(out), "--metrics", "rouge", *short],
-            lambda out: (lines(out / "predictions.jsonl"), json.loads((out / "metrics.json").read_text())["metrics"]),
-        ),
+        "score": Scenario(score(), scored),
+        "score, 2 processes": Scenario(score("--num_processes", "2"), scored),
+        "evaluate": Scenario(evaluate(), evaluated),
+        "evaluate, 2 processes": Scenario(evaluate("--num_processes", "2"), evaluated),
         "reproduce": Scenario(
             lambda out: ["reproduce", "--config", str(folder / "grid.yaml"), "--output_dir", str(out)],
             lambda out: [

@@ -132,6 +132,15 @@ def smollm2_tokenizer(smollm2):
 
 
 @pytest.fixture
+def one_thread():
+    """As in the processes that `processes.run` starts: other numbers of threads round differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def make_args(tmp_path):
     """Configuration for a run on CPU in float32 that says nothing and saves nothing."""
 

@@ -195,11 +195,12 @@ def run(command: str, argv: list[str], model: str, url: str) -> None:
             return
         argv = [{"../ALOE/datasets": str(shared), "http://localhost:8000/v1": url}.get(word, word) for word in argv]
     if "--num_processes" in argv:  # test_processes.py runs two; here the arguments are looked at
-        from trl_perce.cli import train
-        from trl_perce.cli.common import check_config_keys, check_rest
+        from trl_perce.cli.common import parse_with_launch
+        from trl_perce.cli.main import COMMANDS
 
-        check_config_keys(train.make_parser(), [*map(find_shipped, argv)])
-        check_rest(train.make_parser(), [word for word in argv if word != "--config"])
+        parser = COMMANDS[command].make_parser()
+        _, launch_args, own = parse_with_launch(parser, [*map(find_shipped, [*argv, *short])])
+        assert "--num_processes" in launch_args and "--num_processes" not in own
         return
     if command == "score" and "--config" not in argv:
         short = []

@@ -164,7 +164,7 @@ def test_a_killed_step_goes_on(evaluate, tmp_path, capsys):
 
 
 def test_a_training_recipe_is_evaluated_on_its_test_split(evaluate, tmp_path, tiny_model):
-    recipe = {"learning_rate": 1e-4, "use_peft": True, "num_processes": 2, "assistant_only_loss": False, "seed": 3}
+    recipe = {"learning_rate": 1e-4, "use_peft": True, "assistant_only_loss": False, "seed": 3}
     recipe |= {
         "model_name_or_path": tiny_model,
         "dataset_name": write_splits(tmp_path / "data", train=ROWS[:3], test=ROWS[3:]),
@@ -340,6 +340,7 @@ def test_a_judge_rates(evaluate, echo, tmp_path, capsys):
         (["--baseline", "nowhere"], "there is no 'predictions.jsonl' in 'nowhere'"),
         (["--counterfactual", "swap"], "Set `swap_persona`"),
         (["--use_vllm"], "pip install vllm"),
+        (["--use_vllm", "--num_processes", "2"], "`use_vllm` generates in one process, and there are 2"),
         (["--use_vllm", "--guidance_scale", "2"], "does not go with `guidance_scale`"),
         (["--adapter", "/tmp"], "no 'adapter_config.json' in '/tmp'"),
         (["--model_name_or_path", "./nowhere"], "there is no folder './nowhere'"),

@@ -27,6 +27,7 @@ from trl_perce.loading import find_adapter, load_model
 from trl_perce.percontrast import NONFINITE
 from trl_perce.persona import describe, mark_persona, swap_persona, text_and_offsets
 from trl_perce.preparation import TOO_LONG, UNTRAINED, Preparation
+from trl_perce.share import Share
 
 
 OPTIONS = {"use_cpu": True, "bf16": False}
@@ -309,8 +310,21 @@ def test_rows_that_are_done_are_passed_over(double_scorer):
     everything = {one.row: one for one in scorer.iterate(prepared)}
     rest = {one.row: one for one in scorer.iterate(prepared, done={0, 3, 4})}
     assert sorted(everything) == [*range(6)] and sorted(rest) == [1, 2, 5]
-    for row, one in rest.items():
-        assert one.pir == pytest.approx(everything[row].pir, abs=FLOAT32, nan_ok=True)
+    for row, one in rest.items():  # to the bit: a batch of which any row is missing is scored as a whole
+        assert np.array_equal(one.pir, everything[row].pir, equal_nan=True)
+
+
+def test_processes_share_the_batches_of_one(scorer):
+    small = PerContrast(scorer.model, scorer.tokenizer, score_batch_tokens=70, **OPTIONS)
+    rows = [row.tokenized() for row in make_rows(seed=48, count=9)]
+    rows.append({**rows[0], "labels": [-100] * len(rows[0]["labels"])})  # left out
+    prepared = small.prepare(rows)
+    whole = {one.row: one for one in small.iterate(prepared)}
+    shares = [[*small.iterate(prepared, {2, 5}, Share(index, 3))] for index in range(3)]
+    assert all(shares) and sorted(one.row for own in shares for one in own) == [0, 1, 3, 4, 6, 7, 8, 9]
+    for one in (one for own in shares for one in own):
+        assert one.skipped == whole[one.row].skipped and (one.row == 9) == (one.skipped is not None)
+        assert np.array_equal(one.pir, whole[one.row].pir, equal_nan=True)
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,25 @@ the same global batches is what each must equal.
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+import yaml
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from conftest import ROOT
-from processes import adapter_of, assert_same_adapter, recipe, run
+from processes import adapter_of, assert_same_adapter, recipe, run, start
 from reference import make_rows
-from rows import write_splits
+from rows import write_lines, write_splits
+from score_and_evaluate import evaluate_loaded
+from trl_perce.cli.main import main
 
 
 # `make test` puts DeepSpeed here, aside from the environment, where Accelerate would import it in every test
@@ -30,8 +38,10 @@ LEFT_BEHIND = {
 }
 
 
-def train(config, folder, *arguments, **env):
-    return run("trl-perce", "train", "--config", config, "--output_dir", str(folder), *arguments, timeout=240, **env)
+def train_on_one(config, folder, *arguments):
+    """With the whole batch, in this process."""
+    argv = ["--config", config, "--output_dir", str(folder), "--per_device_train_batch_size", "4", *arguments]
+    assert main(["train", *argv]) == 0
 
 
 def two_processes(strategy: str) -> tuple[list[str], dict[str, str]]:
@@ -59,8 +69,8 @@ def two_processes(strategy: str) -> tuple[list[str], dict[str, str]]:
 def train_on_two(config, folder, *arguments, strategy="ddp"):
     """With half the batch on each process."""
     launch, env = two_processes(strategy)
-    batch = ["--per_device_train_batch_size", "2"]
-    return train(config, folder, *batch, *arguments, "--accelerate_config", *launch, **env)
+    argv = ["--config", config, "--output_dir", str(folder), "--per_device_train_batch_size", "2", *arguments]
+    return run("trl-perce", "train", *argv, "--accelerate_config", *launch, timeout=240, **env)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +96,7 @@ def make_config(tmp_path_factory, tiny_model):
 def on_one(tmp_path_factory, make_config):
     """The run on one process, and its recipe."""
     config, folder = make_config(eval_strategy="epoch"), tmp_path_factory.mktemp("one")
-    train(config, folder, "--per_device_train_batch_size", "4")
+    train_on_one(config, folder)
     assert max(value.abs().max() for name, value in adapter_of(folder).items() if "lora_B" in name) > 1e-2
     return config, folder
 
@@ -118,21 +128,22 @@ def test_two_processes_give_the_loss_the_metrics_and_the_adapter_of_one(tmp_path
 
 def test_streams_shard_over_processes(tmp_path, make_config):
     config = make_config(dataset_streaming=True, max_steps=4)
-    train(config, tmp_path / "one", "--per_device_train_batch_size", "4")
+    train_on_one(config, tmp_path / "one")
     train_on_two(config, tmp_path / "two")
     assert_same_adapter(adapter_of(tmp_path / "one"), adapter_of(tmp_path / "two"), atol=5e-6)
 
 
-def test_two_processes_resume_on_one_and_back(tmp_path, make_config):
+def test_two_processes_resume_on_one_and_back(tmp_path, make_config, capfd):
     # With log-probabilities that are kept for two epochs: the second epoch runs no counterfactual pass, on any process
     config = make_config(counterfactual_refresh_epochs=2, resume_from_checkpoint=True)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(config, whole, "--per_device_train_batch_size", "4")
+    train_on_one(config, whole)
     steps = ("--save_strategy", "steps", "--save_steps", "1", "--max_steps")
     train_on_two(config, parts, *steps, "1")
     assert len([*(parts / "checkpoint-1").glob("counterfactual_log_probs_*")]) == 2
-    result = train(config, parts, "--per_device_train_batch_size", "4", *steps, "2")
-    assert "checkpoint-1" in result.stdout
+    capfd.readouterr()
+    train_on_one(config, parts, *steps, "2")
+    assert "checkpoint-1" in capfd.readouterr().out
     (file,) = (parts / "checkpoint-2").glob("counterfactual_log_probs_*")
     personas = sum(bool(row.persona) for row in make_rows(seed=21, count=16, with_persona=0.4))
     assert load_file(file)["lengths"].numel() == personas
@@ -166,3 +177,92 @@ def test_the_callback_scores_a_model_in_parts(tmp_path, callback_on_one, strateg
     for log, other in zip(one, two, strict=True):
         assert other["percontrast/pir_mean"] == pytest.approx(log["percontrast/pir_mean"], abs=1e-4)
     assert (tmp_path / "two" / "checkpoint-4" / "percontrast.html").is_file()
+
+
+# ── scoring and evaluation ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def make_ragged_row(index):
+    return {
+        "id": f"r{index}",
+        "user": f"u{index // 2}",
+        "persona": f"I sew dress number {index}. " * (index % 7),  # every seventh row has none
+        "prompt": [{"role": "user", "content": "About me: {persona}\nWhat should I buy?"}],
+        "completion": [
+            {"role": "assistant", "content": f"A new set of {index} needles. " * (40 if index == 3 else 1)}
+        ],
+    }
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_two_processes_score_and_evaluate_as_one_and_go_on_with_what_killed_ones_have_left(
+    tmp_path, tiny_model, one_thread
+):
+    rows = write_lines(tmp_path / "rows.jsonl", map(make_ragged_row, range(151)))
+    one, two = tmp_path / "one", tmp_path / "two"
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model),
+        LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+
+    def config(command, folder, **launch):
+        values = {"model_name_or_path": tiny_model, "dataset_name": rows, "use_cpu": True, "bf16": False}
+        if command == "score":
+            values |= {"max_length": 200, "score_batch_tokens": 1}
+        else:
+            values |= {"adapter": str(tmp_path / "adapter"), "metrics": ["rouge"], "swap_persona": True}
+            values |= {"max_length": 600, "max_new_tokens": 8, "max_rows": 13}
+            values |= {"generation_batch_tokens": 300, "score_batch_tokens": 300}
+        path = tmp_path / f"{command}.yaml"
+        path.write_text(yaml.safe_dump({**values, **launch, "output_dir": str(folder / "run")}))
+        return str(path)
+
+    assert main(["score", "--config", config("score", one)]) == 0
+    assert main(["evaluate", "--config", config("evaluate", one)]) == 0
+    result = evaluate_loaded(AutoModelForCausalLM.from_pretrained(tiny_model), tiny_model, rows, one / "loaded")
+
+    # The second of two processes is killed
+    launcher = start(["score", "--config", config("score", two, num_processes=2)])
+    parts = [two / "run-scores" / f"scores.jsonl.part{end}" for end in ("", "-1")]
+    while not all(part.is_file() and part.stat().st_size for part in parts):
+        assert launcher.poll() is None, launcher.communicate()
+        time.sleep(0.01)
+    workers = psutil.Process(launcher.pid).children()
+    (second,) = (worker for worker in workers if worker.environ().get("RANK") == "1")
+    second.send_signal(signal.SIGKILL)
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 128 + signal.SIGKILL and "Traceback" not in errors
+    assert "trl-perce score: error: process 1 was ended by SIGKILL" in errors
+    assert not any(worker.is_running() for worker in workers) and not (two / "run-scores" / "scores.jsonl").exists()
+    finished = [part.read_bytes().count(b"\n") for part in parts]
+    assert min(finished) > 0 and sum(finished) < 151
+    with open(parts[1], "ab") as part:
+        part.write(b'{"row": 150, "per')
+
+    # What three killed processes might have left of the predictions
+    left = two / "run-evaluation"
+    left.mkdir(parents=True)
+    shutil.copy(one / "run-evaluation" / "settings.json", left)
+    lines = (one / "run-evaluation" / "predictions.jsonl").read_bytes().splitlines(keepends=True)
+    for end, kept in (("", lines[4:6]), ("-1", [lines[12]]), ("-2", [lines[0], lines[1][:-9]])):
+        (left / f"predictions.jsonl.part{end}").write_bytes(b"".join(kept))
+
+    launch, env = two_processes("ddp")
+    script = [str(ROOT / "tests" / "score_and_evaluate.py"), tiny_model, rows, str(two / "loaded")]
+    script += [config("score", two), config("evaluate", two)]
+    said = run("accelerate", "launch", "--config_file", *launch, *script, **env).stdout
+    for line in (
+        *(f"{sum(finished)} rows are scored already.", f"Scored {151 - sum(finished)} rows in"),
+        *("4 predictions are there already.", "Generated 9 predictions in", "Scored 13 rows (reference)"),
+    ):
+        assert said.count(line) == 1, line
+    for rank, expected in enumerate((result, {})):
+        file = two / "loaded" / f"result-{rank}.json"
+        assert json.loads(file.read_text()) == json.loads(json.dumps(expected))
+        file.unlink()
+    expected = contents(one)
+    assert contents(two) == expected and "run-evaluation/reference/scores.jsonl" in expected

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -13,6 +14,7 @@ import pytest
 from conftest import ROOT
 from processes import adapter_of, assert_same_adapter, files_of_at_most, recipe, start
 from rows import make_chat_rows, write_lines, write_splits
+from trl_perce.cli.common import explain_stops, fail, keep_model_whole
 from trl_perce.cli.main import main
 
 
@@ -129,6 +131,29 @@ def test_a_checkpoint_that_is_not_there_is_told_before_a_model_loads(train_argv,
         "`resume_from_checkpoint`: nowhere/checkpoint-5 is not whole: there is no such folder."
         in capsys.readouterr().err
     )
+
+
+def test_the_main_process_speaks_first(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    threading.Timer(
+        0.3, os.kill, (os.getpid(), signal.SIGTERM)
+    ).start()  # the launcher, since the main process has failed
+    with pytest.raises(SystemExit) as stopped, explain_stops("trl-perce score", str):
+        raise RuntimeError("Connection closed by peer")
+    assert stopped.value.code == 143 and capsys.readouterr().err == ""
+    monkeypatch.setattr("trl_perce.cli.common._PATIENCE", 0.1)  # the main process has not failed
+    with pytest.raises(SystemExit) as stopped, explain_stops("trl-perce score", str):
+        fail("trl-perce score", "Row 5 is odd.", 1)
+    assert stopped.value.code == 1 and capsys.readouterr().err == "trl-perce score: error: Row 5 is odd.\n"
+
+
+def test_a_configuration_for_training_does_not_shard_what_is_scored(monkeypatch, capsys):
+    # With FSDP's variables, Transformers would load weights on the main process alone
+    for name, value in (("FSDP", "true"), ("DEEPSPEED", "false"), ("CPU", "true")):
+        monkeypatch.setenv(f"ACCELERATE_USE_{name}", value)
+    keep_model_whole()
+    assert [name for name in os.environ if name.startswith("ACCELERATE_USE_")] == ["ACCELERATE_USE_CPU"]
+    assert capsys.readouterr().err == "Not sharded (FSDP): each process holds the whole model.\n"
 
 
 def test_scoring_that_meets_a_full_disk_keeps_what_it_has(tmp_path, tiny_model):

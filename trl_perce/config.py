@@ -12,6 +12,7 @@
 
 import math
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -253,7 +254,7 @@ class PerContrastConfig(PerCEConfig):
             raise ValueError(f"`score_batch_tokens` is {self.score_batch_tokens}. Write a positive number of tokens.")
         self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()  # `bf16` asks for it to be said
         # `TrainingArguments` would set up the devices anew, which takes them from a trainer that is there already
-        PartialState(cpu=self.use_cpu)
+        PartialState(cpu=self.use_cpu, timeout=timedelta(seconds=self.ddp_timeout))
         self.accelerator_config, self.deepspeed, self.fsdp = {"use_configured_state": True}, None, None
         super().__post_init__()
 

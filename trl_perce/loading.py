@@ -12,6 +12,7 @@
 
 """Models and tokenizers for scoring."""
 
+from accelerate import PartialState
 from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, find_adapter_config_file
@@ -76,7 +77,7 @@ def load_model(
     base: str, adapter: str | None, args: PerCEConfig, quantization_config=None
 ) -> PreTrainedModel | PeftModel:
     """
-    Load a model for scoring, onto the GPU(s) if there are any.
+    Load a model for scoring, onto the GPU(s) if there are any; of several processes (Accelerate), each onto its own.
 
     Args:
         base (`str`): Name or folder of the base model.
@@ -90,5 +91,8 @@ def load_model(
     kwargs = {"dtype": "auto", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
+    state = PartialState()
+    if state.num_processes > 1 and state.device.type != "cpu":
+        kwargs.setdefault("device_map", {"": state.device})  # TRL's "auto" would spread each copy over all GPUs
     model = create_model_from_path(base, **kwargs)
     return (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()

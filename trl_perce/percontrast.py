@@ -25,7 +25,6 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head
 
@@ -38,6 +37,7 @@ from .persona import PersonaError, TokenBytes, persona_stretches, swap_persona, 
 from .preparation import UNTRAINED, Preparation, PreparedRows
 from .rows import find_bad_row
 from .scores import TokenScores
+from .share import EVERYTHING, Share
 from .weighting import perce_weights, personal_influence_ratio
 
 
@@ -55,6 +55,9 @@ class PerContrast:
 
     Rows are prepared and batched as [`PerCETrainer`] does it, so the scores are those that it would train with. Rows are sorted
     by length, only the tokens of the response are scored, and a row without a persona pays no counterfactual pass.
+
+    On several processes (Accelerate) each scores all rows that it is given, and has all scores; those of a model in parts must give the
+    same rows. To share rows out: `PartialState().split_between_processes`, or `trl-perce score --num_processes`.
 
     Example:
 
@@ -146,38 +149,50 @@ class PerContrast:
         with _without_bars():
             return self._preparation(_to_dataset(rows), "scored")
 
-    def iterate(self, prepared: PreparedRows, done: Collection[int] = ()) -> Iterator[TokenScores]:
+    def iterate(
+        self, prepared: PreparedRows, done: Collection[int] = (), share: Share = EVERYTHING
+    ) -> Iterator[TokenScores]:
         """
         Score prepared rows, each as soon as its batch is done: in blocks of 1,000 rows, the longest of a block first.
 
         Args:
             prepared ([`PreparedRows`]): From a [`Preparation`].
-            done (`Collection[int]`, *optional*): Indices of rows to pass over.
+            done (`Collection[int]`, *optional*): Indices of rows to pass over. A batch of which any is missing is scored as a whole,
+                so that a run that was killed ends as if it had not been.
+            share ([`Share`], *optional*): What this process scores, where several share the work. By default all.
 
         Yields:
-            [`TokenScores`]: Of each row that is not in `done`, those that are skipped included.
+            [`TokenScores`]: Of each row of the share that is not in `done`, those that are skipped included.
         """
         total = None if prepared.num_rows is None else prepared.num_rows - len(done)
-        earlier: list[list[list[int]]] = []
-        with tqdm(total=total, unit="row", desc="PerContrast", disable=self.args.disable_tqdm or None) as bar:
-            for rows, skipped in prepared.blocks():
-                if self.args.counterfactual == "swap":
-                    earlier = _find_other_personas(rows, earlier)
-                skipped |= {row["_row"]: UNTRAINED for row in rows if not _is_scored(row).any()}
-                rows = [row for row in rows if row["_row"] not in skipped and row["_row"] not in done]
-                chunks = split_into_chunks(
-                    [len(row["input_ids"]) for row in rows], self.args.score_batch_tokens, padded=True
+        with share.bar(total, "PerContrast", self.args.disable_tqdm) as bar:
+            for rows, skipped in share.of(self._chunks(prepared, done)):
+                left_out = (
+                    TokenScores.left_out(index, reason, self.args.personal_threshold)
+                    for index, reason in skipped.items()
                 )
-                for scores in chain(
-                    (
-                        TokenScores.left_out(index, reason, self.args.personal_threshold)
-                        for index, reason in skipped.items()
-                        if index not in done
-                    ),
-                    *(self._score_chunk([rows[index] for index in chunk]) for chunk in chunks),
-                ):
-                    bar.update()
-                    yield scores
+                for scores in chain(left_out, self._score_chunk(rows) if rows else ()):
+                    if scores.row not in done:
+                        share.advance(bar)
+                        yield scores
+
+    def _chunks(
+        self, prepared: PreparedRows, done: Collection[int]
+    ) -> Iterator[tuple[list[dict[str, Any]], dict[int, str]]]:
+        """The rows of each batch that is not done as a whole, and of each block those that are left out."""
+        earlier: list[list[list[int]]] = []
+        for rows, skipped in prepared.blocks():
+            if self.args.counterfactual == "swap":
+                earlier = _find_other_personas(rows, earlier)
+            skipped |= {row["_row"]: UNTRAINED for row in rows if not _is_scored(row).any()}
+            rows = [row for row in rows if row["_row"] not in skipped]
+            if skipped:
+                yield [], skipped
+            lengths = [len(row["input_ids"]) for row in rows]
+            for indices in split_into_chunks(lengths, self.args.score_batch_tokens, padded=True):
+                chunk = [rows[index] for index in indices]
+                if any(row["_row"] not in done for row in chunk):
+                    yield chunk, {}
 
     def _score_chunk(self, rows: list[dict[str, Any]]) -> Iterator[TokenScores]:
         """Score rows that fit into one batch."""

@@ -17,10 +17,11 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..files import find_shipped, is_disk_error, read_yaml
 
@@ -35,7 +36,12 @@ MODEL_SETTINGS = [
     *("model_revision", "dtype", "attn_implementation", "load_in_4bit", "load_in_8bit"),
     *("bnb_4bit_quant_type", "use_bnb_nested_quant"),
 ]
-# A disk that takes no more: full, over the quota, a file too large, read-only, not ours
+# What Accelerate's configurations may do to a model, as its environment variables call it
+_SHARDING = ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"]
+# Seconds within which a launcher ends the other processes of one that has failed
+_PATIENCE = 5
+# How the stop of a command ends that writes row by row
+KEPT = "What is done is kept: the same command goes on from there."
 
 
 class Terminated(KeyboardInterrupt):
@@ -61,10 +67,11 @@ def explain_stops(program: str, next_step: Callable[[], str]) -> Iterator[None]:
     is_main = threading.current_thread() is threading.main_thread()  # no other may set handlers
     before = signal.signal(signal.SIGTERM, terminate) if is_main else None
     try:
-        yield
+        with _main_process_first():
+            yield
     except KeyboardInterrupt as stop:
         what, code = ("SIGTERM", 143) if isinstance(stop, Terminated) else ("Ctrl-C", 130)
-        if os.environ.get("RANK", "0") == "0":  # else every process of a run would say so
+        if is_main_process():  # else every process of a run would say so
             print(f"\n{program}: stopped by {what}. {next_step()}", file=sys.stderr)
         raise SystemExit(code) from None
     except OSError as error:
@@ -86,6 +93,193 @@ def end_with_parent() -> None:
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+
+
+# ── processes ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for all. Known from the start, when Accelerate's state may not be set up yet."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def _main_process_first() -> Iterator[None]:
+    """An error of another process than the main one waits: it may only be that the main one has ended, which has said why."""
+    try:
+        yield
+    except Exception:
+        if not is_main_process():
+            time.sleep(_PATIENCE)  # which the launcher ends, once a process has failed
+        raise
+
+
+def say_error(program: str, error: object) -> None:
+    """
+    Say why a command ends. Where several processes meet the same, the main one says it: the launcher then ends the others, which wait here.
+
+    Args:
+        program (`str`): Begins the line, as in "trl-perce score".
+        error (`object`): What is wrong.
+    """
+    if not is_main_process():
+        time.sleep(_PATIENCE)
+    print(f"{program}: error: {error}", file=sys.stderr)
+
+
+def fail(program: str, error: object, code: int) -> NoReturn:
+    """Say why a command ends ([`say_error`]) and end it: `SystemExit` with the code."""
+    say_error(program, error)
+    raise SystemExit(code)
+
+
+def parse_with_launch(parser, argv: list[str]) -> tuple[tuple[Any, ...], list[str], list[str]]:
+    """
+    Parse a command's arguments, with those of `accelerate launch` among them.
+
+    Args:
+        parser ([`~trl.TrlParser`]): Of the command.
+        argv (`list[str]`): Its arguments. They may have `--config`, and `--accelerate_config` with a file or the name of one of TRL's.
+
+    Returns:
+        `tuple[tuple, list[str], list[str]]`: The parser's dataclasses; the arguments of `accelerate launch`, those of the YAML file first;
+        and `argv` without them.
+
+    Raises:
+        `ValueError`: A key or argument is known to neither, or a value is wrong.
+    """
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+    from trl.cli.commands.training import _subtract_subsequence
+
+    check_config_keys(parser, argv)
+    *parsed, of_config, of_command_line = parser.parse_args_and_config(
+        argv, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    # Each by itself: of two configurations, the command line's counts
+    launch_args = [arg for args in (of_config, of_command_line) for arg in resolve_accelerate_config_argument(args)]
+    check_rest(parser, launch_args)
+    return tuple(parsed), launch_args, _subtract_subsequence(argv, of_command_line)
+
+
+def is_worker() -> bool:
+    """Whether a launcher has started this process."""
+    return "LOCAL_RANK" in os.environ
+
+
+def starts_one_process(launch_args: list[str], use_cpu: bool) -> bool:
+    """
+    Whether a command does its work where it is: `accelerate launch` would start one process without any of its arguments, and with
+    nothing configured.
+
+    Args:
+        launch_args (`list[str]`): What was given for `accelerate launch`.
+        use_cpu (`bool`): Whether the command leaves the GPUs alone.
+
+    Returns:
+        `bool`: Whether it does.
+    """
+    import torch
+    from accelerate.commands.config import default_config_file
+
+    if launch_args or os.path.isfile(default_config_file):
+        return False
+    return use_cpu or torch.accelerator.device_count() <= 1
+
+
+def number_of_processes(launch_args: list[str]) -> int | None:
+    """What `--num_processes` says, if it is there."""
+    return _launch_namespace(launch_args, "", []).num_processes
+
+
+def launch(command: str, argv: list[str], launch_args: list[str], use_cpu: bool) -> int:
+    """
+    Run a command's module through `accelerate launch`, and wait for it. The processes say what there is to say, but for those that were
+    killed.
+
+    Args:
+        command (`str`): Name of the command; its module takes `argv` as `__main__`.
+        argv (`list[str]`): Arguments of the command.
+        launch_args (`list[str]`): Arguments of `accelerate launch`.
+        use_cpu (`bool`): Whether the processes leave the GPUs alone.
+
+    Returns:
+        `int`: Exit code: 130 after Ctrl-C, 143 after SIGTERM, else that of the process which failed first.
+    """
+    import logging
+    import subprocess
+
+    import torch
+    from accelerate.commands.launch import launch_command
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    args = _launch_namespace(launch_args, f"trl_perce.cli.{command}", argv)
+    use_cpu = use_cpu or not torch.accelerator.is_available()
+    if use_cpu and args.config_file is None and (args.num_processes or 1) > 1:
+        args.multi_gpu = True  # `accelerate launch` starts several processes on CPU by torchrun only under this name
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        launch_command(args)
+    except KeyboardInterrupt as stop:
+        return 143 if isinstance(stop, Terminated) else 130
+    except SignalException as stop:
+        return 128 + stop.sigval
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        return _exit_code(command, failure.exitcode, rank)
+    except subprocess.CalledProcessError as error:
+        return _exit_code(command, error.returncode, 0)
+    return 0
+
+
+def _launch_namespace(launch_args: list[str], module: str, argv: list[str]):
+    from accelerate.commands.launch import launch_command_parser
+
+    return launch_command_parser().parse_args([*launch_args, "--module", module, *argv])
+
+
+def _exit_code(command: str, code: int, rank: int) -> int:
+    if code >= 0:
+        return code
+    name = signal.Signals(-code).name
+    print(f"trl-perce {command}: error: process {rank} was ended by {name}, and the others with it.", file=sys.stderr)
+    return 128 - code
+
+
+def begin_worker(needs_whole_model: bool) -> None:
+    """
+    What a process does first that a launcher has started.
+
+    Args:
+        needs_whole_model (`bool`): Whether each process must hold all of the model ([`keep_model_whole`]).
+    """
+    end_with_parent()
+    if not is_main_process():
+        disable_progress_bars()
+    if needs_whole_model:
+        keep_model_whole()
+
+
+def keep_model_whole() -> None:
+    """Leave alone what Accelerate's configuration says of sharding (FSDP, DeepSpeed, …), which is for training, and say so."""
+    found = [name for name in _SHARDING if os.environ.pop(f"ACCELERATE_USE_{name}", "false").lower() == "true"]
+    if found and is_main_process():
+        print(f"Not sharded ({', '.join(found)}): each process holds the whole model.", file=sys.stderr)
+
+
+def end_processes() -> None:
+    """Take leave of the other processes, the last thing that a process does."""
+    from accelerate import PartialState
+
+    state = PartialState()
+    if state.num_processes > 1:
+        state.destroy_process_group()
+        # Gloo's thread needs the GIL to drop its last tensors. If the group's destructor, which waits for that thread
+        # and holds the GIL, came first, both would wait forever (torch 2.13): let the thread go ahead.
+        time.sleep(1)
+
+
+# ── arguments and data ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def check_writable(folder: str | Path) -> None:

@@ -21,14 +21,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .common import (
+    KEPT,
     MODEL_SETTINGS,
-    check_config_keys,
-    check_rest,
+    begin_worker,
     check_script_args,
     check_writable,
     disable_progress_bars,
+    end_processes,
+    explain_stops,
+    fail,
+    is_main_process,
+    is_worker,
+    launch,
     load_split,
     model_init_kwargs,
+    number_of_processes,
+    parse_with_launch,
+    starts_one_process,
 )
 
 
@@ -81,13 +90,15 @@ def make_parser():
         prog="trl-perce evaluate",
         description=f"{HELP}. Takes a training recipe with --config, whose arguments that do not matter here are ignored: give "
         "the trained model or adapter beside it. Writes predictions.jsonl, metrics.jsonl, metrics.json and report.md to "
-        "--output_dir. Called again, it goes on where it stopped.",
+        "--output_dir. Called again, it goes on where it stopped. Arguments of `accelerate launch` (--num_processes …) and "
+        "--accelerate_config (a file, or the name of one of TRL's) choose the processes, which share the rows.",
     )
 
 
 def run(argv: list[str]) -> int:
     """
-    Evaluate a model on a dataset, and print the results.
+    Evaluate a model on a dataset, and print the results: in this process if there is one device at most, else through
+    `accelerate launch`.
 
     Args:
         argv (`list[str]`): Arguments after `trl-perce evaluate`.
@@ -95,25 +106,37 @@ def run(argv: list[str]) -> int:
     Returns:
         `int`: Exit code. Arguments or rows that are wrong exit with 2, before a model loads; an endpoint that fails exits with 1.
     """
-    parser = make_parser()
+    launched = __name__ == "__main__" or is_worker()
+    if launched:
+        begin_worker(needs_whole_model=True)
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        check_config_keys(parser, argv)
-        # A recipe may have arguments of `accelerate launch`, which do not matter here
-        script_args, options, args, model_args, dataset_args, _, unknown = parser.parse_args_and_config(
-            argv, return_remaining_strings=True, separate_remaining_strings=True
+        (script_args, options, args, model_args, dataset_args), launch_args, own = parse_with_launch(
+            make_parser(), argv
         )
-        check_rest(parser, unknown, launch=False)
         check_script_args(script_args, model_args, dataset_args)
         if not any(arg.split("=")[0].replace("-", "_") == "__output_dir" for arg in argv):
             args.output_dir = f"{args.output_dir.rstrip('/')}-evaluation"  # a recipe's is that of the training
         check_writable(args.output_dir)
+        if not launched and not _starts_one_process(launch_args, args.use_cpu, options.use_vllm):
+            return launch("evaluate", own, launch_args, args.use_cpu)
         evaluation = _make_evaluation(script_args, options, args, model_args, dataset_args)
     except (ValueError, TypeError, OSError, ImportError) as error:  # `OSError`: there is no such file, or model
-        parser.exit(2, f"trl-perce evaluate: error: {error}\n")
-    _run(parser, evaluation, script_args.update_model_card)
+        fail("trl-perce evaluate", error, 2)
+    _run(evaluation, script_args.update_model_card)
     return 0
+
+
+def _starts_one_process(launch_args: list[str], use_cpu: bool, use_vllm: bool) -> bool:
+    if use_vllm:
+        from trl_perce.evaluation.evaluate import check_vllm_processes
+
+        check_vllm_processes(
+            number_of_processes(launch_args) or 1
+        )  # an `--accelerate_config` tells the processes only
+        return not launch_args
+    return starts_one_process(launch_args, use_cpu)
 
 
 def _make_evaluation(script_args, options, args, model_args, dataset_args):
@@ -143,20 +166,27 @@ def _make_evaluation(script_args, options, args, model_args, dataset_args):
     return Evaluation(base, None, rows, args.output_dir, args, options, settings, adapter, say=print)
 
 
-def _run(parser, evaluation, updates_card: bool) -> None:
-    from rich.console import Console
-
+def _run(evaluation, updates_card: bool) -> None:
     from trl_perce import PersonaError
     from trl_perce.endpoint import EndpointError
-    from trl_perce.evaluation.card import find_card, update_model_card
-    from trl_perce.evaluation.report import print_result
 
     try:
         result = evaluation.run()
     except PersonaError as error:
-        parser.exit(2, f"trl-perce evaluate: error: {error}\n")
+        fail("trl-perce evaluate", error, 2)
     except (EndpointError, FloatingPointError) as error:
-        parser.exit(1, f"trl-perce evaluate: error: {error}\n")
+        fail("trl-perce evaluate", error, 1)
+    if is_main_process():
+        _show(evaluation, result, updates_card)
+    end_processes()
+
+
+def _show(evaluation, result, updates_card: bool) -> None:
+    from rich.console import Console
+
+    from trl_perce.evaluation.card import find_card, update_model_card
+    from trl_perce.evaluation.report import print_result
+
     console = Console(highlight=False)
     print_result(result, console)
     names = ["predictions.jsonl", "metrics.jsonl", "metrics.json", "report.md"]
@@ -166,3 +196,8 @@ def _run(parser, evaluation, updates_card: bool) -> None:
         card = find_card(evaluation.adapter or evaluation.base)
         update_model_card(card, result)
         console.print(f"Model card: {card}", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":  # started by `accelerate launch`
+    with explain_stops("trl-perce evaluate", lambda: KEPT):
+        raise SystemExit(run(sys.argv[1:]))

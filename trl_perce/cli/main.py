@@ -20,7 +20,7 @@ from typing import NoReturn
 from .. import __version__
 from ..files import find_shipped
 from . import aloe, evaluate, reproduce, score, train
-from .common import explain_stops
+from .common import KEPT, explain_stops
 
 
 # One module a command, with `HELP`, `make_parser()` and `run(argv)`
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     if command == "train":  # which may do its work in other processes
         return train.run(argv[1:])
-    with explain_stops(f"trl-perce {command}", lambda: "What is done is kept: the same command goes on from there."):
+    with explain_stops(f"trl-perce {command}", lambda: KEPT):
         return COMMANDS[command].run(argv[1:])
 
 

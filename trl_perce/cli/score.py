@@ -22,14 +22,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .common import (
+    KEPT,
     MODEL_SETTINGS,
-    check_config_keys,
-    check_rest,
+    begin_worker,
     check_script_args,
     check_writable,
     disable_progress_bars,
+    end_processes,
+    explain_stops,
+    fail,
+    is_main_process,
+    is_worker,
+    launch,
     load_split,
     model_init_kwargs,
+    parse_with_launch,
+    starts_one_process,
 )
 
 
@@ -90,13 +98,15 @@ def make_parser():
         prog="trl-perce score",
         description=f"{HELP}. Takes a training recipe with --config, whose arguments that do not matter here are ignored. "
         "Writes scores.jsonl, heatmap.html, heatmap.png, report.md and report.json to --output_dir. Called again, it goes on "
-        "where it stopped.",
+        "where it stopped. Arguments of `accelerate launch` (--num_processes …) and --accelerate_config (a file, or the name of one "
+        "of TRL's) choose the processes, which share the rows.",
     )
 
 
 def run(argv: list[str]) -> int:
     """
-    Score a dataset and write what there is to see of it.
+    Score a dataset and write what there is to see of it: in this process if there is one device at most, else through
+    `accelerate launch`.
 
     Args:
         argv (`list[str]`): Arguments after `trl-perce score`.
@@ -106,30 +116,31 @@ def run(argv: list[str]) -> int:
     """
     from trl_perce import PersonaError
 
-    parser = make_parser()
+    launched = __name__ == "__main__" or is_worker()
+    if launched:
+        begin_worker(needs_whole_model=True)
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        check_config_keys(parser, argv)
-        # A recipe may have arguments of `accelerate launch`, which do not matter here
-        script_args, args, model_args, dataset_args, _, unknown = parser.parse_args_and_config(
-            argv, return_remaining_strings=True, separate_remaining_strings=True
-        )
-        check_rest(parser, unknown, launch=False)
+        (script_args, args, model_args, dataset_args), launch_args, own = parse_with_launch(make_parser(), argv)
         check_script_args(script_args, model_args, dataset_args)
         if not any(arg.split("=")[0].replace("-", "_") == "__output_dir" for arg in argv):
             args.output_dir = f"{args.output_dir.rstrip('/')}-scores"  # a recipe's is that of the training
         check_writable(args.output_dir)
+        if not (launched or starts_one_process(launch_args, args.use_cpu)):
+            return launch("score", own, launch_args, args.use_cpu)
         run = ScoreRun(script_args, args, model_args, dataset_args)
     except (ValueError, TypeError, OSError) as error:  # `OSError`: there is no such file, or model
-        parser.exit(2, f"trl-perce score: error: {error}\n")
+        fail("trl-perce score", error, 2)
     try:
         run.score()
     except PersonaError as error:
-        parser.exit(2, f"trl-perce score: error: {error}\n")
+        fail("trl-perce score", error, 2)
     except FloatingPointError as error:
-        parser.exit(1, f"trl-perce score: error: {error}\n")
-    run.show()
+        fail("trl-perce score", error, 1)
+    if is_main_process():
+        run.show()
+    end_processes()
     return 0
 
 
@@ -188,12 +199,14 @@ class ScoreRun:
 
         done = len(self.file.done)
         if self.prepared.num_rows != done:
-            if done:
+            if done and is_main_process():
                 print(f"{done} rows are scored already.")
             model = load_model(self.base, self.adapter, self.args, get_quantization_config(self.model_args))
             scorer, started = PerContrast(model, self.tokenizer, self.args), time.time()
-            self.file.append(scorer.iterate(self.prepared, done=frozenset(self.file.done)))
-            print(f"Scored {len(self.file.done) - done} rows in {time.time() - started:.1f} s.")
+            self.file.append(scorer.iterate(self.prepared, frozenset(self.file.done), self.file.share()))
+            self.file.finish()
+            if is_main_process():
+                print(f"Scored {len(self.file.done) - done} rows in {time.time() - started:.1f} s.")
         self.file.finish()
 
     def show(self) -> None:
@@ -223,3 +236,8 @@ def _fingerprint(dataset) -> str:
 
     rows = [len(dataset), dataset[0], dataset[-1]] if isinstance(dataset, Dataset) else [next(iter(dataset), None)]
     return Hasher.hash(rows)
+
+
+if __name__ == "__main__":  # started by `accelerate launch`
+    with explain_stops("trl-perce score", lambda: KEPT):
+        raise SystemExit(run(sys.argv[1:]))

@@ -16,25 +16,27 @@
     trl-perce train --config recipes/SmolLM2-135M-Instruct/persona_qa/config_lora.yaml --learning_rate 1e-4
 """
 
-import os
 import sys
-import time
 
 from .common import (
-    check_config_keys,
-    check_rest,
+    begin_worker,
     check_script_args,
     check_writable,
     disable_progress_bars,
-    end_with_parent,
+    end_processes,
     explain_stops,
+    fail,
+    is_worker,
+    launch,
     load_data,
     model_init_kwargs,
+    parse_with_launch,
+    say_error,
+    starts_one_process,
 )
 
 
 HELP = "Fine-tune a model with PerCE, LossCE, EntCE or plain CE"
-_MODULE = "trl_perce.cli.train"
 
 
 def make_parser():
@@ -72,42 +74,21 @@ def run(argv: list[str]) -> int:
     Returns:
         `int`: Exit code. Arguments that are wrong exit with 2, before a model loads.
     """
-    from trl.cli.accelerate_config import resolve_accelerate_config_argument
-    from trl.cli.commands.training import _subtract_subsequence
-
     from trl_perce.checkpoints import check_whole
 
     parser = make_parser()
     try:
-        check_config_keys(parser, argv)
-        script_args, training_args, model_args, dataset_args, of_config, of_command_line = (
-            parser.parse_args_and_config(argv, return_remaining_strings=True, separate_remaining_strings=True)
-        )
-        launch_args = resolve_accelerate_config_argument(of_config + of_command_line)
-        check_rest(parser, launch_args)
+        (script_args, training_args, model_args, dataset_args), launch_args, own = parse_with_launch(parser, argv)
         check_script_args(script_args, model_args, dataset_args)
         check_writable(training_args.output_dir)
         if not _goes_on_by_itself(training_args) and training_args.resume_from_checkpoint:
             check_whole(training_args.resume_from_checkpoint)
     except (ValueError, TypeError, OSError) as error:
-        parser.exit(2, f"trl-perce train: error: {error}\n")
+        fail("trl-perce train", error, 2)
 
-    if "LOCAL_RANK" in os.environ or (not launch_args and _is_one_process()):
+    if is_worker() or starts_one_process(launch_args, training_args.use_cpu):
         return _main_exit_code(script_args, training_args, model_args, dataset_args)
-
-    from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-
-    training_argv = _subtract_subsequence(argv, of_command_line)
-    try:
-        launch_command(
-            launch_command_parser().parse_args(["--quiet", *launch_args, "--module", _MODULE, *training_argv])
-        )
-    except KeyboardInterrupt:  # the processes have said what there is to say
-        return 130
-    except SignalException as stop:
-        return 128 + stop.sigval
-    return 0
+    return launch("train", own, launch_args, training_args.use_cpu)
 
 
 def main(script_args, training_args, model_args, dataset_args):
@@ -184,10 +165,7 @@ def end(trainer) -> None:
 
     if Version(transformers.__version__) >= Version("5.18.0"):
         trainer.end()
-        if trainer.accelerator.num_processes > 1:
-            # Gloo's thread needs the GIL to drop its last tensors. If the group's destructor, which waits for that thread
-            # and holds the GIL, came first, both would wait forever (torch 2.13): let the thread go ahead.
-            time.sleep(1)
+        end_processes()
 
 
 def _goes_on_by_itself(training_args) -> bool:
@@ -195,33 +173,25 @@ def _goes_on_by_itself(training_args) -> bool:
     return str(training_args.resume_from_checkpoint).lower() == "true"
 
 
-def _is_one_process() -> bool:
-    """Whether `accelerate launch` without arguments would start one process with nothing configured."""
-    import torch
-    from accelerate.commands.config import default_config_file
-
-    return torch.accelerator.device_count() <= 1 and not os.path.isfile(default_config_file)
-
-
 def _main_exit_code(script_args, training_args, *args) -> int:
     from trl_perce import PersonaError
     from trl_perce.checkpoints import CheckpointError
     from trl_perce.hub import UploadError
 
-    if __name__ == "__main__" or "LOCAL_RANK" in os.environ:  # started by a launcher
-        end_with_parent()
+    if __name__ == "__main__" or is_worker():
+        begin_worker(needs_whole_model=False)
     try:
         with explain_stops("trl-perce train", lambda: _where_to_go_on(training_args)):
             main(script_args, training_args, *args)
     # A traceback would only hide the message
     except PersonaError as error:
-        print(f"trl-perce train: error: {error}", file=sys.stderr)
+        say_error("trl-perce train", error)
         return 2
     except UploadError as error:
-        print(f"trl-perce train: error: {error}", file=sys.stderr)
+        say_error("trl-perce train", error)
         return 1
     except (CheckpointError, FloatingPointError) as error:
-        print(f"trl-perce train: error: {error} {_where_to_go_on(training_args)}", file=sys.stderr)
+        say_error("trl-perce train", f"{error} {_where_to_go_on(training_args)}")
         return 1
     return 0
 

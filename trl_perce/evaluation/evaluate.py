@@ -27,7 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.tensor import DTensor
 
 from ..checks import load_tokenizer
 from ..config import copy_config
@@ -75,6 +79,9 @@ def evaluate(
     """
     Evaluate a model on rows. Called again with the same folder, it goes on where it stopped and does nothing twice.
 
+    On several processes (Accelerate) all of them call it, with the same arguments, and share the rows' predictions and scores; the model is
+    whole on each. The main process alone asks the judge, writes the results and has them.
+
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): Name or folder of a model or of an adapter, which is
             loaded when a step needs it; or a model, which is run where it is, with its adapters, and left as it was.
@@ -93,6 +100,7 @@ def evaluate(
     Returns:
         `dict[str, Any]`: What `metrics.json` holds: `"rows"`, `"predicted"`, `"trimmed"`, `"settings"`, `"personal_by"`,
             `"metrics"` (`{name: {"mean", "interval", "rows"}}`), `"judge"` and `"baseline"` (`None`, or `"folder"` and `"tests"`).
+            Empty on other processes than the main one.
 
     Raises:
         `PersonaError`: A row's persona is unclear; the message names the row.
@@ -114,13 +122,15 @@ class Evaluation:
     ):
         self.options = options or EvaluationArguments()
         self.args = copy_config(args, completion_only_loss=True, assistant_only_loss=False)
-        self.folder, self.say = Path(folder), say
+        self.is_main = PartialState().is_main_process
+        self.folder, self.say = Path(folder), say if self.is_main else _say_nothing
         self.rows = [*rows]
         self.model, self.base, self.adapter = model, None, None
         if isinstance(model, str):
             self.base, self.adapter = find_adapter(model, adapter)
             self.tokenizer = load_scoring_tokenizer(self.base, self.adapter, self.args, tokenizer)
         else:
+            self.model = model = _whole(model)
             self.tokenizer = load_tokenizer(model, self.args, tokenizer)
         self._check_options()
         prepared = Preparation(self.tokenizer, self.args).tokenizer
@@ -146,12 +156,15 @@ class Evaluation:
         self._open_files()
 
     def run(self) -> dict[str, Any]:
-        """Do what is not done yet, write the results, and return what `metrics.json` holds."""
+        """Do what is not done yet, write the results, and return what `metrics.json` holds (on the main process)."""
         predictions = self._predictions(self.file, self.prompts, False)
         swapped = self._predictions(self.swapped_file, self.swapped, True) if self.swapped is not None else None
+        scores = {name: self._scores(name) for name in self.score_files}
+        if not self.is_main:
+            return {}
         values = self._text_values(predictions, swapped)
         if self.options.likelihood:
-            values |= self._likelihood_values()
+            values |= self._likelihood_values(scores)
         judged = None
         judge_url, judge_model = self.options.judge_base_url, self.options.judge_model
         if judge_url is not None and judge_model is not None:  # both, or neither
@@ -172,7 +185,8 @@ class Evaluation:
 
     def _check_options(self) -> None:
         options = self.options
-        text_metrics([], [], metrics=options.metrics)  # unknown names, missing packages and data
+        if self.is_main:  # or all would download NLTK's data
+            text_metrics([], [], metrics=options.metrics)  # unknown names, missing packages and data
         if self.args.counterfactual == "swap":
             raise ValueError(
                 "`counterfactual='swap'` is not for evaluation. Set `swap_persona`, and `counterfactual='drop'`."
@@ -183,6 +197,7 @@ class Evaluation:
                 "`trl-perce score`, or the folder 'scores' of another evaluation."
             )
         if options.use_vllm:
+            check_vllm_processes(PartialState().num_processes)
             if not isinstance(self.model, str):
                 raise ValueError("`use_vllm` needs the name or folder of a model, and got one that is loaded already.")
             if self.args.guidance_scale != 1:
@@ -197,7 +212,7 @@ class Evaluation:
                 remove_rows(own, PREDICTIONS)
             for own in parts.values():
                 remove_scores(own)
-            for name in ("metrics.json", "metrics.jsonl", "report.md", "judge.jsonl"):
+            for name in ("metrics.json", "metrics.jsonl", "report.md", "judge.jsonl") if self.is_main else ():
                 (folder / name).unlink(missing_ok=True)
         shared = self.settings | {name: getattr(self.args, name) for name in _SHARED_SETTINGS}
         generation = {name: getattr(self.args, name) for name in _GENERATION_SETTINGS}
@@ -241,10 +256,10 @@ class Evaluation:
             else:
                 generator = TransformersGenerator(self._loaded(), self.tokenizer, self.args)
             done, started = len(file.done), time.time()
-            file.append_lines(generator.iterate(prompts, frozenset(file.done)))
-            self.say(f"Generated {len(file.done) - done} {what} in {time.time() - started:.1f} s.")
+            file.append_lines(generator.iterate(prompts, frozenset(file.done), file.share()))
             file.finish()
-        return [*file.lines()]
+            self.say(f"Generated {len(file.done) - done} {what} in {time.time() - started:.1f} s.")
+        return [*file.lines()] if self.is_main else []
 
     def _text_values(self, predictions, swapped) -> dict[str, np.ndarray]:
         """Overlap and uptake, of the predictions and of those with swapped personas."""
@@ -297,17 +312,16 @@ class Evaluation:
         values[[line["row"] for line in predictions]] = own
         return values
 
-    def _likelihood_values(self) -> dict[str, np.ndarray]:
-        scores = self._scores("scores")
+    def _likelihood_values(self, by_name: dict[str, list[TokenScores]]) -> dict[str, np.ndarray]:
+        scores = by_name["scores"]
         folder = self.options.reference_scores
         if folder is not None:
             reference, self.personal_by = self._given_reference(folder), folder
-        elif "reference" in self.score_files:
-            reference, self.personal_by = self._scores("reference"), "the base model, without its adapter"
+        elif "reference" in by_name:
+            reference, self.personal_by = by_name["reference"], "the base model, without its adapter"
         else:
             reference, self.personal_by = scores, "the evaluated model itself"
-        swapped = self._scores("swapped") if self._scores_swapped else None
-        return likelihood_values(token_likelihoods(scores, reference, swapped))
+        return likelihood_values(token_likelihoods(scores, reference, by_name.get("swapped")))
 
     def _scores(self, name: str) -> list[TokenScores]:
         file = self.score_files[name]
@@ -315,16 +329,17 @@ class Evaluation:
             model = self._loaded()
             scorer = PerContrast(model, self.tokenizer, self.args)
             prepared, done, started = scorer.prepare(self.rows), frozenset(file.done), time.time()
+            share = file.share()
             if name == "reference":
                 with model.disable_adapter():
-                    file.append(scorer.iterate(prepared, done))
+                    file.append(scorer.iterate(prepared, done, share))
             elif name == "swapped":
-                file.append(score_swapped(scorer, prepared, self.users, done))
+                file.append(score_swapped(scorer, prepared, self.users, done, share))
             else:
-                file.append(scorer.iterate(prepared, done))
-            self.say(f"Scored {len(file.done) - len(done)} rows ({name}) in {time.time() - started:.1f} s.")
+                file.append(scorer.iterate(prepared, done, share))
             file.finish()
-        return [*file]
+            self.say(f"Scored {len(file.done) - len(done)} rows ({name}) in {time.time() - started:.1f} s.")
+        return [*file] if self.is_main else []
 
     def _given_reference(self, folder: str) -> list[TokenScores]:
         lines = read_lines(Path(folder) / "scores.jsonl")
@@ -367,6 +382,40 @@ class Evaluation:
             "baseline": compared,
             "text_metrics": {"digest": self.digest, "names": self.text_names},
         }
+
+
+def check_vllm_processes(count: int) -> None:
+    """Raise a `ValueError` if there is more than one process for vLLM, which schedules by itself."""
+    if count > 1:
+        raise ValueError(
+            f"`use_vllm` generates in one process, and there are {count}. Leave `num_processes` and `accelerate_config` out, or "
+            "set `num_processes` to 1."
+        )
+
+
+def _say_nothing(line: str) -> None:
+    """What other processes than the main one say."""
+
+
+def _whole(model):
+    """
+    A model that a process can run while another runs another batch. `DistributedDataParallel`, which talks to the others in every
+    forward, is taken off.
+
+    Raises:
+        `ValueError`: Each process has a part of the model.
+    """
+    if PartialState().num_processes == 1:
+        return model
+    model = extract_model_from_parallel(model)
+    if isinstance(model, FSDP) or any(
+        isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters()
+    ):
+        raise ValueError(
+            "Each process has a part of the model (FSDP, ZeRO-3), and evaluation needs all of it on each. Save it, and give its "
+            "folder as the model."
+        )
+    return model
 
 
 def _fingerprint(value: Any) -> str:

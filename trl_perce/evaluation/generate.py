@@ -28,7 +28,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftConfig, PeftModel
 from torch.nn.functional import pad
-from tqdm.auto import tqdm
 from transformers import (
     ContinuousBatchingConfig,
     GenerationConfig,
@@ -49,6 +48,7 @@ from ..checks import keep_4bit_weights_trainable_on_cpu, load_tokenizer
 from ..estep import split_into_chunks
 from ..loading import find_adapter, load_model, load_scoring_tokenizer
 from ..preparation import Preparation
+from ..share import EVERYTHING, Share
 from .arguments import GenerationArguments
 from .predictions import Prompt, make_prompts, stop_tokens, to_prediction
 
@@ -95,7 +95,9 @@ class _Generator:
         """
         yield from self.iterate(make_prompts(rows, self.tokenizer, self.args, swap_persona), done)
 
-    def iterate(self, prompts: list[Prompt], done: Collection[int] = ()) -> Iterator[dict[str, Any]]:
+    def iterate(
+        self, prompts: list[Prompt], done: Collection[int] = (), share: Share = EVERYTHING
+    ) -> Iterator[dict[str, Any]]:
         """
         Generate a prediction for each prompt.
 
@@ -103,18 +105,18 @@ class _Generator:
             prompts (`list[Prompt]`): From [`make_prompts`].
             done (`Collection[int]`, *optional*): Indices of rows to pass over. A batch of which any is missing is generated as a
                 whole, so that a run that was killed ends as if it had not been.
+            share ([`~share.Share`], *optional*): What this process generates, where several share the work. By default all.
 
         Yields:
             `dict[str, Any]`: As [`~TransformersGenerator.generate`].
         """
         missing = sum(prompt.row not in done for prompt in prompts)
-        with tqdm(total=missing, unit="row", desc="Generating", disable=self.args.disable_tqdm or None) as bar:
-            for batch in self._batches(prompts):
-                if all(prompt.row in done for prompt in batch):
-                    continue
+        batches = (batch for batch in self._batches(prompts) if any(prompt.row not in done for prompt in batch))
+        with share.bar(missing, "Generating", self.args.disable_tqdm) as bar:
+            for batch in share.of(batches):
                 for prompt, tokens in zip(batch, self._generate(batch), strict=True):
                     if prompt.row not in done:
-                        bar.update()
+                        share.advance(bar)
                         yield to_prediction(prompt, tokens, self.stop, self.tokenizer)
 
     def _batches(self, prompts: list[Prompt]) -> list[list[Prompt]]:

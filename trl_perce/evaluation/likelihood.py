@@ -28,6 +28,7 @@ from ..percontrast import PerContrast
 from ..persona import persona_stretches, swap_persona
 from ..preparation import PreparedRows
 from ..scores import TokenScores
+from ..share import EVERYTHING, Share
 from .predictions import other_rows
 
 
@@ -132,7 +133,11 @@ def likelihood_values(likelihoods: TokenLikelihoods) -> dict[str, np.ndarray]:
 
 
 def score_swapped(
-    scorer: PerContrast, prepared: PreparedRows, users: Sequence[str | None], done: Collection[int] = ()
+    scorer: PerContrast,
+    prepared: PreparedRows,
+    users: Sequence[str | None],
+    done: Collection[int] = (),
+    share: Share = EVERYTHING,
 ) -> Iterator[TokenScores]:
     """
     Score rows with another user's persona in place of their own ([`~predictions.other_rows`]). Unlike [`PerContrast`] with
@@ -143,6 +148,7 @@ def score_swapped(
         prepared ([`PreparedRows`]): From [`~PerContrast.prepare`], not streaming.
         users (`Sequence[str | None]`): The user of each row, `None` where it is not known.
         done (`Collection[int]`, *optional*): Indices of rows to pass over.
+        share ([`~share.Share`], *optional*): What this process scores, where several share the work. By default all.
 
     Yields:
         [`TokenScores`]: Of each row; `counterfactual_log_probs` is with the other persona, `log_probs` (and so `pir`) is NaN.
@@ -166,7 +172,7 @@ def score_swapped(
         )
     one_pass = PreparedRows(Dataset.from_list(swapped), prepared.read, prepared.skipped)
     args = copy_config(scorer.args, counterfactual="drop")
-    for scores in PerContrast(scorer.model, scorer.tokenizer, args).iterate(one_pass, done):
+    for scores in PerContrast(scorer.model, scorer.tokenizer, args).iterate(one_pass, done, share):
         scores.counterfactual_log_probs = scores.log_probs
         scores.log_probs = np.full_like(scores.log_probs, np.nan)
         yield scores

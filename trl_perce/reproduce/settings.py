@@ -101,7 +101,7 @@ class Settings:
         learning_rates (`list[float]`): Peak learning rates.
         clip_ranges (`list[tuple[float, float]]`): Bounds of the weights. CE has no weights and is trained once.
         training (`dict[str, Any]`): Arguments of `trl-perce train` for all runs.
-        evaluation (`dict[str, Any]`): Arguments of `trl-perce evaluate` for all evaluations.
+        evaluation (`dict[str, Any]`): Arguments of `trl-perce evaluate` for all evaluations, those of `accelerate launch` among them.
         transfer (`bool`): Whether adapters are evaluated on all tasks (Tables 3 and 8), or on their own and on those that nothing
             is trained on.
         judge (`dict[str, Any]`): `base_url` and `model` of a judge's endpoint, which rates predictions of rows with a persona.
