@@ -19,11 +19,6 @@ from trl_perce.preparation import Preparation
 from trl_perce.row_file import RowFile
 
 
-sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
-import generation_speed  # noqa: E402
-import shapes  # noqa: E402
-
-
 def make_row(index, words=1, **columns):
     return {
         "persona": f"I sew dress number {index}. " + "I love linen. " * words,
@@ -320,19 +315,6 @@ def test_rows_that_are_finished_leave_the_batch(tokenizer, arguments):
     alone = [generator._generate([prompt])[0] for prompt in prompts]
     for row, (together, own) in enumerate(zip(made, alone, strict=True)):
         assert together[: lengths[row]] == own[: lengths[row]]
-
-
-def test_the_benchmark_of_both(tmp_path, monkeypatch, capsys, quick_collections):
-    config = make_tiny_model("qwen3").config
-    monkeypatch.setitem(shapes.CONFIGS, "qwen3-0.6b", config)
-    output = tmp_path / "speed.json"
-    arguments = ["--shape", "qwen3-0.6b", "--device", "cpu", "--rows", "6", "--rounds", "1"]
-    generation_speed.main([*arguments, "--max_new_tokens", "8", "--prompt_tokens", "5", "30", "--output", str(output)])
-    result = json.loads(output.read_text())
-    assert result["identical_rows"] >= 4 / 6 and {*result["tokens_per_second"]} == {"padded", "continuous"}
-    (padded,) = result["rounds"]["padded"]
-    assert padded["tokens"] == result["rounds"]["continuous"][0]["tokens"] or result["identical_rows"] < 1
-    assert "| continuous |" in capsys.readouterr().out
 
 
 def test_adapters_and_the_model_as_it_was(tiny_model, tokenizer, arguments, tmp_path):
