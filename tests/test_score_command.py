@@ -110,6 +110,7 @@ def test_streaming_gives_the_same(score, tmp_path):
 
 
 def test_with_an_adapter(score, tiny_model, tmp_path):
+    torch.manual_seed(0)  # some adapters make more of float32's rounding than others
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(tiny_model),
         LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"),
