@@ -19,11 +19,12 @@ from trl_perce.evaluation.evaluate import evaluate
 
 
 def evaluate_loaded(model, name: str, rows: str, folder: Path) -> dict:
+    # One row is left out and seven are scored, each by itself: the second process has more forwards to run than the first
     args = GenerationArguments(
-        **{"use_cpu": True, "bf16": False, "disable_tqdm": True, "temperature": 0.4, "max_length": 600},
-        **{"max_new_tokens": 8, "generation_batch_tokens": 300, "score_batch_tokens": 300},
+        **{"use_cpu": True, "bf16": False, "disable_tqdm": True, "temperature": 0.4, "max_length": 200},
+        **{"max_new_tokens": 8, "generation_batch_tokens": 300, "score_batch_tokens": 1},
     )
-    lines = [json.loads(line) for line in Path(rows).read_text(encoding="utf-8").splitlines()[:7]]
+    lines = [json.loads(line) for line in Path(rows).read_text(encoding="utf-8").splitlines()[:8]]
     options = EvaluationArguments(metrics=["rouge"], swap_persona=True)
     return evaluate(model, AutoTokenizer.from_pretrained(name), lines, folder, args, options, {"model": "tiny"})
 
