@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Have persona questions written by any model behind an OpenAI-compatible endpoint, in the format of
@@ -26,7 +16,7 @@ import random
 from pathlib import Path
 
 from trl_perce.benchmarks.persona_qa_builder import TOPICS, build_rows, read_personas, write_rows
-from trl_perce.endpoint import Endpoint
+from trl_perce.evaluation.endpoint import Endpoint
 
 
 def main() -> None:

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Chat with a model that knows who you are, and see which of its words come from that.
@@ -30,8 +20,8 @@ from rich.console import Console
 from transformers import TextStreamer
 
 from trl_perce import PerContrast
-from trl_perce.heatmap import print_heatmap
-from trl_perce.history import find_mark
+from trl_perce.history.entries import find_mark
+from trl_perce.scoring.heatmap.terminal import print_heatmap
 
 
 HELP = "/pir colours the last answer, /persona FILE, /reset, /quit"

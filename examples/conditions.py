@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Where PerCE gains over CE, in a grid that `trl-perce reproduce` has made: by how personal a token is to the untrained model, by the length
@@ -27,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
+from trl_perce.cli.reproduce import make_steps
 from trl_perce.evaluation.likelihood import ratio_values
 from trl_perce.evaluation.statistics import bootstrap_interval
-from trl_perce.files import read_lines
 from trl_perce.reproduce.settings import load_settings
 from trl_perce.reproduce.steps import Steps
+from trl_perce.utils.files import read_lines
 
 
 EDGES = [-np.inf, -1.0, -0.2, 0.2, 1.0, 2.0, 4.0, np.inf]
@@ -42,7 +33,7 @@ def main() -> None:
     parser.add_argument("config", help="YAML file of the grid")
     parser.add_argument("--methods", nargs="+", default=["perce", "perce_sequence", "lossce", "entce"])
     args = parser.parse_args()
-    steps = Steps(load_settings(args.config))
+    steps = make_steps(load_settings(args.config))
     for (model, task), (evaluation, *_) in steps.untrained.items():
         untrained = [*read_lines(evaluation.folder / "scores" / "scores.jsonl")]
         users = [line["user"] or line["row"] for line in read_lines(evaluation.folder / "metrics.jsonl")]

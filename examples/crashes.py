@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Kill the commands again and again with SIGKILL, start them anew, and see whether the end is that of an undisturbed run.
@@ -47,7 +37,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from smollm2 import ensure_smollm2
-from trl_perce.files import read_lines, write_json_lines
+from trl_perce.utils.files import read_lines, write_json_lines
 
 
 ROOT = Path(__file__).resolve().parent.parent

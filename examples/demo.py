@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 `make demo`: fine-tune SmolLM2-135M-Instruct with PerCE on a LoRA adapter, and show what it learned.
@@ -33,7 +23,7 @@ from rich.table import Table
 from smollm2 import ensure_smollm2
 from trl_perce import PerContrast
 from trl_perce.benchmarks.persona_qa import answer_tokens, load_rows
-from trl_perce.heatmap import print_heatmap
+from trl_perce.scoring.heatmap.terminal import print_heatmap
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Which tokens of an answer are personal, and who finds them? The identification experiment of the PerCE paper (Appendix A,
@@ -49,8 +39,8 @@ from trl_perce.benchmarks.persona_qa import (
     precision_recall_curve,
     precision_recall_f1,
 )
-from trl_perce.endpoint import Endpoint
-from trl_perce.files import written_whole
+from trl_perce.evaluation.endpoint import Endpoint
+from trl_perce.utils.files import written_whole
 
 
 matplotlib.use("Agg")

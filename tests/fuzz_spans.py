@@ -11,15 +11,8 @@ import atheris
 
 
 with atheris.instrument_imports(include=["trl_perce"]):
-    from trl_perce.persona import (
-        PersonaError,
-        byte_mask,
-        mark_persona,
-        split_at_markers,
-        text_and_offsets,
-        token_mask,
-        trim_persona,
-    )
+    from trl_perce.persona.marks import PersonaError, mark_persona, split_at_markers
+    from trl_perce.persona.masks import byte_mask, text_and_offsets, token_mask, trim_persona
 
 FRAGMENTS = [
     "<persona>",

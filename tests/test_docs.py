@@ -20,7 +20,7 @@ from reference import BF16
 from rows import write_lines, write_splits
 from servers import needs_openai
 from trl_perce.cli.main import main
-from trl_perce.files import find_shipped
+from trl_perce.utils.files import find_shipped
 
 
 pytest_plugins = ["servers"]

@@ -1,15 +1,3 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-
 """
 The method on an accelerator: `pytest -m gpu`, which `examples/benchmarks/gpu.py` runs first. Without one it runs on the CPU, as the
 rehearsal does, less the tests of what a CPU does not have.
@@ -28,13 +16,13 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig
 from safetensors.torch import load_file
+from test_packing import LAYOUTS, pir_by_row
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config
 from trl import SFTConfig, SFTTrainer
 
 import trl_perce.trainer
 from conftest import TINY_CONFIGS, make_tiny_model
 from reference import make_rows, reference, response_log_probs
-from test_packing import LAYOUTS, pir_by_row
 from test_trainer import assert_close, one_sgd_step, record_pir, to_dataset
 from trl_perce import PerCEConfig, PerCETrainer, PerContrast
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from trl_perce import DataCollatorForPerCE, PerCEConfig, PerContrast, PersonaError
 from trl_perce.cli.main import main
-from trl_perce.preparation import Preparation
+from trl_perce.scoring.preparation import Preparation
 
 
 FRAGMENTS = [

@@ -1,5 +1,6 @@
 """What is in the package, and what is found in it."""
 
+import ast
 import dataclasses
 import re
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from conftest import ROOT
 from trl_perce import PerCEConfig
 from trl_perce.cli.main import COMMANDS
-from trl_perce.files import find_shipped
+from trl_perce.utils.files import find_shipped
 
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -34,11 +35,10 @@ def test_all_packages_and_files_are_listed():
     assert shipped == others
 
 
-def test_every_module_has_the_license():
+def test_every_module_says_its_licence_and_what_it_is_for():
     for path in [*ROOT.glob("trl_perce/**/*.py"), *ROOT.glob("examples/**/*.py")]:
-        assert not path.stat().st_size or path.read_text().startswith(
-            "# Licensed under the Apache License, Version 2.0"
-        ), path
+        text = path.read_text()
+        assert not text or text.startswith('# SPDX-License-Identifier: Apache-2.0\n\n"""'), path  # and what it is for
 
 
 def test_the_version_is_one():
@@ -114,3 +114,51 @@ def test_the_help_shows_our_options_first_and_loads_little(monkeypatch):
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == parsers["train"].format_help() + "set()\n" and not result.stderr
+
+
+# Imports run one way: a room imports from rooms above it alone (CONTRIBUTING.md draws them)
+ROOMS = (
+    ("utils", "config"),
+    ("persona",),
+    ("training", "hub"),
+    ("trainer", "scoring", "history"),
+    ("evaluation",),
+    ("benchmarks",),
+    ("reproduce",),
+    ("cli",),
+)
+LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+
+
+def imports_of(path: Path) -> set[str]:
+    """The rooms that a module of ours imports from, inside of functions too."""
+    package, rooms = path.relative_to(ROOT).parent.parts, set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, [base, node.module]))
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        rooms |= {name.split(".")[1] for name in names if name.startswith("trl_perce.")}
+    return rooms & LEVEL.keys()
+
+
+def test_imports_run_one_way():
+    modules = [path for path in (ROOT / "trl_perce").rglob("*.py") if path.name not in ("__init__.py", "__main__.py")]
+    for path in modules:
+        room = path.relative_to(ROOT / "trl_perce").parts[0].removesuffix(".py")
+        for other in imports_of(path) - {room}:
+            assert LEVEL[other] < LEVEL[room], f"{path.relative_to(ROOT)} imports from {other}"
+    assert {path.relative_to(ROOT / "trl_perce").parts[0].removesuffix(".py") for path in modules} == LEVEL.keys()
+
+
+def test_an_import_that_runs_upward_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    module = tmp_path / "trl_perce" / "evaluation" / "x.py"
+    module.parent.mkdir(parents=True)
+    module.write_text(
+        "from ..cli import train\n\n\ndef f():\n    from trl_perce.reproduce.grid import Step\n    import trl_perce.hub.upload\n"
+    )
+    assert imports_of(module) == {"cli", "reproduce", "hub"}

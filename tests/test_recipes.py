@@ -12,7 +12,7 @@ from trl_perce import PerCEConfig
 from trl_perce.cli import score
 from trl_perce.cli.common import check_config_keys
 from trl_perce.cli.train import make_parser
-from trl_perce.persona import mark_persona
+from trl_perce.persona.marks import mark_persona
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Fine-tune language models to be personal: PerContrast and the PerCE loss on top of TRL."""
 
@@ -17,13 +7,13 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from .callbacks import PerContrastCallback
-    from .collator import DataCollatorForPerCE
     from .config import PerCEConfig, PerContrastConfig
-    from .percontrast import PerContrast
-    from .persona import PersonaError
-    from .scores import TokenScores
+    from .persona.marks import PersonaError
+    from .scoring.callbacks import PerContrastCallback
+    from .scoring.percontrast import PerContrast
+    from .scoring.scores import TokenScores
     from .trainer import PerCETrainer
+    from .training.collator import DataCollatorForPerCE
 
 
 __version__ = "0.1.0"
@@ -40,14 +30,14 @@ __all__ = [
 ]
 
 _MODULES = {
-    "DataCollatorForPerCE": "collator",
+    "DataCollatorForPerCE": "training.collator",
     "PerCEConfig": "config",
     "PerCETrainer": "trainer",
-    "PerContrast": "percontrast",
-    "PerContrastCallback": "callbacks",
+    "PerContrast": "scoring.percontrast",
+    "PerContrastCallback": "scoring.callbacks",
     "PerContrastConfig": "config",
-    "PersonaError": "persona",
-    "TokenScores": "scores",
+    "PersonaError": "persona.marks",
+    "TokenScores": "scoring.scores",
 }
 
 

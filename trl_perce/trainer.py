@@ -1,30 +1,27 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The trainer: E-step, weights and M-step of the PerCE loss on TRL's SFT trainer."""
 
 import dataclasses
-from collections import defaultdict
-from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from accelerate.logging import get_logger
-from safetensors import SafetensorError
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
-from .checkpoints import CheckpointError, check_whole, last_whole_checkpoint
-from .checks import (
+from .config import PerCEConfig, copy_config
+from .hub.upload import make_repo
+from .hub.upload_mixin import UploadMixin
+from .persona.dataset import (
+    check_rendering,
+    count_personas,
+    mark_dataset,
+    pack_dataset_with_mask,
+    tokenize_with_mask,
+)
+from .training.checkpoint_mixin import CheckpointMixin
+from .training.checks import (
     chat_template,
     check_4bit_weights_trainable,
     check_arguments,
@@ -33,23 +30,25 @@ from .checks import (
     load_tokenizer,
     make_trainable_in_fp16,
 )
-from .collator import DataCollatorForPerCE
-from .config import PerCEConfig, copy_config
-from .dataset import check_rendering, count_personas, mark_dataset, pack_dataset_with_mask, tokenize_with_mask
-from .estep import EStep
-from .files import is_disk_error
-from .finite_check import FiniteCheck
-from .fused_head import labelled_positions_only
-from .hub import UPLOAD_ERRORS, make_repo, upload_again, warn_if_failed
-from .log_prob_store import LogProbStore
-from .model_card import write_model_card
-from .weighting import entropy_weights, loss_weights, normalize_weights, perce_weights, personal_influence_ratio
+from .training.collator import DataCollatorForPerCE
+from .training.estep import EStep
+from .training.finite_check import FiniteCheck
+from .training.fused_head import labelled_positions_only
+from .training.log_prob_store import LogProbStore
+from .training.token_metrics import TokenMetrics
+from .training.weighting import (
+    entropy_weights,
+    loss_weights,
+    normalize_weights,
+    perce_weights,
+    personal_influence_ratio,
+)
 
 
 logger = get_logger(__name__)
 
 
-class PerCETrainer(SFTTrainer):
+class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
     """
     Trainer for the PerCE loss, from [Rethinking Personalization in Large Language Models at the Token
     Level](https://huggingface.co/papers/2603.06595).
@@ -208,12 +207,8 @@ class PerCETrainer(SFTTrainer):
                 )
             hidden_size = self.model.config.get_text_config().hidden_size
             self._e_step = EStep(self.accelerator, self.data_collator, hidden_size, args.counterfactual_batch_tokens)
-        self._log_prob_store: LogProbStore | None = None
         self._finite_check = FiniteCheck(self.accelerator, args.on_nonfinite, self.train_dataset)
-        self._uploads: WeakSet[Future] = WeakSet()  # in the background
-        self._rng_checkpoint: str | Path | None = None  # whose random state is still to be loaded
-        # Sums over trained tokens, one tensor a micro-batch; their ratios are logged
-        self._token_sums: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._token_metrics = TokenMetrics(self.accelerator, (args.weight_clip_min, args.weight_clip_max))
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if not self._marked_ahead:
@@ -241,42 +236,22 @@ class PerCETrainer(SFTTrainer):
         if "persona_mask" not in self._signature_columns:
             self._signature_columns: list[str] = [*self._signature_columns, "persona_mask"]
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        if isinstance(resume_from_checkpoint, (str, Path)):
-            check_whole(resume_from_checkpoint)
-        if resume_from_checkpoint is True:
-            whole, damages = last_whole_checkpoint(self.args.output_dir)
-            for damage in damages:
-                logger.warning(f"{damage}: it is passed over.")
-            if damages and whole is None:
-                raise ValueError(
-                    f"`resume_from_checkpoint=True`: no checkpoint in {self.args.output_dir} is whole. Train without it to "
-                    "start anew."
-                )
-            resume_from_checkpoint = whole or True  # `True` where there is none: `Trainer` says so
+    def train(self, *args, **kwargs):
         if self.args.token_weighting == "perce" and self.args.counterfactual_refresh_epochs > 1:
             self._log_prob_store = self._e_step.store = LogProbStore(self.args.counterfactual_refresh_epochs)
-        self._rng_checkpoint = resume_from_checkpoint if isinstance(resume_from_checkpoint, (str, Path)) else None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        return super().train(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._finite_check.start(batches)
         if self.args.token_weighting == "perce" and batches:
-            if self._rng_checkpoint is not None:
-                self._load_rng_state(self._rng_checkpoint)
+            self.load_rng_state_once()  # `Trainer` loads it after the E-step, whose dropout has drawn by then
             # E-step, with the parameters and in the mode of the M-step
             self.model_wrapped.train()
             self.optimizer.train()
             with self.compute_loss_context_manager():
                 self._e_step(self.model_wrapped, batches, epoch=int(self.state.epoch))
         return batches, num_items_in_batch
-
-    def _load_rng_state(self, checkpoint):
-        # `Trainer` loads it after the E-step, whose dropout has drawn by then: once is enough, before it
-        if checkpoint is not None and self._rng_checkpoint is not None:
-            super()._load_rng_state(checkpoint)
-            self._rng_checkpoint = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.args.token_weighting == "uniform":
@@ -303,8 +278,8 @@ class PerCETrainer(SFTTrainer):
         """Weights of the shape of `outputs.log_probs`, 0 on tokens that are not trained. Notes the metrics."""
         args, scored = self.args, outputs.label_mask
         log_probs = outputs.log_probs[scored].detach()
-        weights, pir = torch.ones_like(log_probs), log_probs[:0]
         bounds = (args.weight_clip_min, args.weight_clip_max)
+        pir, paired = log_probs[:0], None
         if args.token_weighting == "loss":
             weights = loss_weights(log_probs, *bounds)
         elif args.token_weighting == "entropy":
@@ -312,23 +287,10 @@ class PerCETrainer(SFTTrainer):
         else:
             paired = _like(scored, has_counterfactual)[scored]  # the k-th has the k-th counterfactual log-probability
             pir = personal_influence_ratio(log_probs[paired], counterfactual_log_probs.to(log_probs.device))
-            weights[paired] = perce_weights(pir, *bounds)
-
-        mode = "train" if self.model.training else "eval"
-        if mode == "train":
-            bad = ~torch.isfinite(log_probs)
-            if len(pir):
-                bad[paired] |= ~torch.isfinite(pir)
-            self._finite_check.note(torch.zeros_like(scored).masked_scatter(scored, bad))
-        factual_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-        sums = [
-            *(log_probs.numel(), -log_probs.sum(), weights.sum()),
-            *((weights <= bounds[0]).sum(), (weights >= bounds[1]).sum()),
-            *(pir.numel(), pir.sum(), (pir > 1).sum()),
-            *(counterfactual_tokens, factual_tokens),
-        ]
-        self._token_sums[mode].append(torch.stack([torch.as_tensor(x, device=log_probs.device).float() for x in sums]))
-
+            weights = torch.ones_like(log_probs).masked_scatter(
+                paired, perce_weights(pir, *bounds).to(log_probs.dtype)
+            )
+        self._note(inputs, scored, log_probs, weights, pir, paired, counterfactual_tokens)
         if args.weight_normalization == "sequence":
             # Index of each token's row; with `padding_free` TRL's collator gives that of its document
             rows = torch.arange(len(scored), device=scored.device)[:, None].expand_as(scored)
@@ -337,86 +299,33 @@ class PerCETrainer(SFTTrainer):
             weights = normalize_weights(weights, rows[scored].long(), int(rows.max()) + 1)
         return torch.zeros_like(outputs.log_probs).masked_scatter(scored, weights.to(log_probs.dtype))
 
+    def _note(self, inputs, scored, log_probs, weights, pir, paired, counterfactual_tokens) -> None:
+        """Note a micro-batch for the log, and in training where its values are not finite."""
+        if self.model.training:
+            bad = ~torch.isfinite(log_probs)
+            if len(pir):
+                bad[paired] |= ~torch.isfinite(pir)
+            self._finite_check.note(torch.zeros_like(scored).masked_scatter(scored, bad))
+        factual_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        self._token_metrics.add(self._mode, log_probs, weights, pir, factual_tokens, counterfactual_tokens)
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if not self._finite_check.is_good(self.state.global_step + 1, grad_norm):
             self.optimizer.zero_grad()  # to `None`, which optimizers pass over
         return grad_norm
 
-    def _save_checkpoint(self, model, trial):
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # which one a full disk raises depends on who writes
-            whole = last_whole_checkpoint(self.args.output_dir)[0]
-            raise CheckpointError(
-                f"The checkpoint of step {self.state.global_step} could not be written: {error} "
-                + (f"The last whole one is {whole}." if whole else "There is no whole one yet.")
-            ) from error
-
-    def _save_rng_state(self, output_dir):
-        super()._save_rng_state(output_dir)
-        # `trainer_state.json` comes next and tells that the checkpoint is whole: those of all processes are there
-        self.accelerator.wait_for_everyone()
-
-    def _save_optimizer_and_scheduler(self, output_dir):
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self._log_prob_store is not None:
-            self._log_prob_store.save(output_dir, self.args.process_index, self.args.world_size)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self._log_prob_store is not None and checkpoint is not None:
-            rows = self._log_prob_store.load(checkpoint)
-            logger.info(f"{checkpoint} holds the counterfactual log-probabilities of {rows} rows.")
-
-    def _send_telemetry(self):
-        pass  # no request that nobody asked for
-
-    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
-        args = self.args
-        try:
-            return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
-        except UPLOAD_ERRORS as error:
-            if self.hub_model_id is None or is_disk_error(error):  # there is no repository yet; saving failed
-                raise
-            # Only the upload again: saving is done, and would want all processes
-            return upload_again(error, self.hub_model_id, args, commit_message, token, revision)
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        super()._push_from_checkpoint(checkpoint_folder)
-        jobs = self.push_in_progress.jobs if self.is_world_process_zero() and self.push_in_progress else []
-        for job in jobs:
-            if job not in self._uploads:
-                self._uploads.add(job)
-                job.add_done_callback(lambda job: warn_if_failed(job, self.hub_model_id, self.args))
-
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        super().create_model_card(model_name, dataset_name, tags)
-        if self.is_world_process_zero():
-            write_model_card(self, model_name, dataset_name)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        sums = self._token_sums.pop(mode, None)
-        if sums is not None:
-            # Summed on the CPU in float64, which counts beyond float32's 16 million
-            total = torch.stack(sums).cpu().double().sum(0).float().to(self.accelerator.device)
-            tokens, nll, weight, at_min, at_max, paired, pir, personal, ours, theirs = self.accelerator.reduce(
-                total, reduction="sum"
-            ).tolist()
-            metrics = self._metrics[mode]
-            if tokens:
-                metrics["nll"] = [nll / tokens]
-                metrics["weight/mean"] = [weight / tokens]
-                metrics["weight/at_min"] = [at_min / tokens]
-                metrics["weight/at_max"] = [at_max / tokens]
-            if paired:
-                metrics["pir/mean"] = [pir / paired]
-                metrics["pir/personal_fraction"] = [personal / paired]
-            if self.args.token_weighting == "perce":
-                metrics["counterfactual/token_ratio"] = [ours / theirs]
-        if mode == "train" and self.args.on_nonfinite == "skip":
-            self._metrics[mode]["skipped_steps"] = [self._finite_check.skipped_steps]
+        metrics = self._token_metrics.pop(self._mode)
+        if self.args.token_weighting != "perce":
+            metrics.pop("counterfactual/token_ratio", None)
+        if self.model.training and self.args.on_nonfinite == "skip":
+            metrics["skipped_steps"] = self._finite_check.skipped_steps
+        self._metrics[self._mode].update({name: [value] for name, value in metrics.items()})
         super().log(logs, start_time)
 
 

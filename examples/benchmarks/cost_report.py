@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The table and the pictures of what examples/benchmarks/step_cost.py measured."""
 
@@ -17,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from trl_perce.files import written_whole
+from trl_perce.utils.files import written_whole
 
 
 COLORS = {"sft": "#6b6b6b", "lossce": "#7570b3", "drop": "#1f77b4", "mask": "#d95f02", "refresh3": "#1b9e77"}

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Tokens generated per second: padded batches against Transformers' continuous batching, in turns, at equal prompts.
@@ -40,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from shapes import CONFIGS, build_model
 from trl_perce.evaluation.generate import GenerationArguments, TransformersGenerator
 from trl_perce.evaluation.predictions import Prompt, make_prompts
-from trl_perce.files import find_shipped, write_text
+from trl_perce.utils.files import find_shipped, write_text
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Does PerCE help, at a size that a CPU cannot reach? CE and PerCE on chats and on PrefEval, several seeds, all held-out rows.
@@ -52,8 +42,8 @@ NAMES = {
 def load_rows(task: str, split: str, data: Path, limit: int | None) -> list[dict]:
     """Rows with `persona`, `prompt` and `completion`, and `user` (chats) or `options` and `answer` (prefeval)."""
     from trl_perce.benchmarks import histories
-    from trl_perce.history import to_examples
-    from trl_perce.retrieval import Retriever
+    from trl_perce.history.entries import to_examples
+    from trl_perce.history.retrieval import Retriever
 
     if task == "chats":
         rows = histories.load(split, data / "persona_chat", "chats", num_rows=limit)
@@ -150,7 +140,7 @@ def run_one(task: str, seed: int, args: argparse.Namespace) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    from trl_perce.files import written_whole
+    from trl_perce.utils.files import written_whole
 
     with written_whole(path) as part:
         part.write_text(text)

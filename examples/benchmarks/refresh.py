@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 What `counterfactual_refresh_epochs` does to the weights and to the result: trains with each value on the same rows, computes
@@ -33,8 +23,8 @@ from trl import get_peft_config, get_quantization_config
 from trl_perce import PerCETrainer
 from trl_perce.cli.common import load_data
 from trl_perce.cli.train import make_parser
-from trl_perce.estep import EStep
-from trl_perce.weighting import perce_weights
+from trl_perce.training.estep import EStep
+from trl_perce.training.weighting import perce_weights
 
 
 REFRESH_EPOCHS = (1, 3)

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Entries retrieved per second, by method, and the memory that it takes.
@@ -34,8 +24,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from trl_perce.benchmarks.persona_qa import answer_of, load_rows
-from trl_perce.history import HistoryEntry, HistoryRow
-from trl_perce.retrieval import Retriever
+from trl_perce.history.entries import HistoryEntry, HistoryRow
+from trl_perce.history.retrieval import Retriever
 
 
 def make_rows(num_entries: int, history: int, words: int) -> list[HistoryRow]:

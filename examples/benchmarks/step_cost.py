@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 What a PerCE step costs over a step of TRL's SFT: time against its arithmetic floor, and peak memory.
@@ -41,7 +31,7 @@ from cost_report import markdown, plot
 from flops import Row, step_ratio_floor
 from measure import VARIANTS, Run, be_quiet, environment, train, within_memory
 from shapes import CONFIGS, LORA_RANK, build_model
-from trl_perce.files import written_whole
+from trl_perce.utils.files import written_whole
 
 
 # LongLaMP's mean prompt lengths with and without persona, in tokens of Qwen3 (Table 6 of the paper)

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Where the time of a step goes: of SFT, LossCE and PerCE by the clock and on the device alone, and of PerCE its E-step and M-step.
@@ -38,7 +28,7 @@ from measure import Run, be_quiet, environment, train
 from shapes import CONFIGS, LORA_RANK, QUANTIZATIONS, build_model
 from step_cost import PROFILES, RESPONSE
 from trl_perce import PerCETrainer
-from trl_perce.files import written_whole
+from trl_perce.utils.files import written_whole
 
 
 STEPS = 4  # the first warms up, the last is profiled

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 ALOE (Wu et al. 2024, Aligning LLMs with Individual Preferences via Interaction): a model talks with a simulated user whose persona it
@@ -35,9 +25,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..endpoint import Endpoint
-from ..files import keep_settings, whole_lines, write_json, write_json_lines
-from ..ratings import parse_rating, without_reasoning
+from ..evaluation.endpoint import Endpoint
+from ..evaluation.ratings import parse_rating, without_reasoning
+from ..utils.files import keep_settings, whole_lines, write_json, write_json_lines
 from .aloe_metrics import summarize
 
 
@@ -228,9 +218,9 @@ class Aloe:
     Args:
         personas (`list[Persona]`): One conversation each ([`load_personas`]).
         responder (`Callable[[list[Messages]], Iterable[str]]`): The model under test: [`~responder.TransformersResponder`],
-            or the method `ask` of an [`~trl_perce.endpoint.Endpoint`]. It gets what was said so far, never a persona.
-        simulator ([`~trl_perce.endpoint.Endpoint`]): Plays the users.
-        judge ([`~trl_perce.endpoint.Endpoint`]): Rates the replies.
+            or the method `ask` of an [`~trl_perce.evaluation.endpoint.Endpoint`]. It gets what was said so far, never a persona.
+        simulator ([`~trl_perce.evaluation.endpoint.Endpoint`]): Plays the users.
+        judge ([`~trl_perce.evaluation.endpoint.Endpoint`]): Rates the replies.
         output_dir (`str` or `Path`): Gets `turns.jsonl` (every text as it comes: another run goes on behind the last whole
             one), `settings.json`, and at the end `conversations.jsonl` (a conversation a line: `profile`, `personality`, `rounds`
             with `round`, `message`, `reply`, `verdict`, `rating`) and `aloe.json` (what [`run`] returns).
@@ -279,7 +269,7 @@ class Aloe:
             recites its persona (`"reciting"`).
 
         Raises:
-            [`~trl_perce.endpoint.EndpointError`]: An endpoint failed for good; the next run goes on.
+            [`~trl_perce.evaluation.endpoint.EndpointError`]: An endpoint failed for good; the next run goes on.
         """
         with open(self.turns, "a", encoding="utf-8") as file:
             for number in range(1, self.rounds + 1):

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 General questions (PerCE paper, Table 11): does training a model to be personal hurt what else it can do?
@@ -354,7 +344,7 @@ def lm_eval_scores(
         import lm_eval
     except ImportError as error:
         raise ImportError("`lm_eval_scores` needs the package lm-eval: pip install 'trl_perce[general_qa]'") from error
-    from ..loading import find_adapter
+    from ..scoring.loading import find_adapter
 
     base, adapter = find_adapter(model, adapter)
     model_args = {"pretrained": base} | ({} if adapter is None else {"peft": adapter})

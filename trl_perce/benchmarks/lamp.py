@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 LaMP (Salemi et al. 2023, arXiv 2304.11406): the tasks whose output is a text of the user.
@@ -40,10 +30,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from ..files import write_json
-from ..history import HistoryRow
+from ..history.entries import HistoryRow
+from ..utils.files import write_json
 from .profiles import ProfileTask, RowMaker, number_to_draw, user_of
-from .reading import Skips, check_unique, draw_rows, find_file, read_object, read_records, take, take_choice
+from .reading import (
+    Skips,
+    check_unique,
+    draw_rows,
+    find_file,
+    read_object,
+    read_records,
+    take,
+    take_choice,
+)
 
 
 logger = logging.getLogger(__name__)

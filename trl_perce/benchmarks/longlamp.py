@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 LongLaMP (Kumar et al. 2024, arXiv 2407.11016): abstracts (PAG), product reviews (PRW) and topics (PTW), long texts in the voice
@@ -37,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..history import HistoryRow
+from ..history.entries import HistoryRow
 from .profiles import ProfileTask, RowMaker, number_to_draw, user_of
 from .reading import check_unique, draw_rows, find_file, read_records, take, take_choice
 

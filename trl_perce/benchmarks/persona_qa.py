@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 The identification experiment (PerCE paper, Appendix A): how well does a method find the personal tokens of an answer?
@@ -17,7 +7,7 @@ Rows have `persona`, `prompt`, `completion` and `personal_words`, as those in `d
 the answer. Special tokens, tokens of white space alone, and what the chat template puts around the answer do not count. A
 token is personal if it holds at least one character of an annotated word: " needles," counts as " needles", and every
 piece of a word that the tokenizer cuts up counts. Words that word matching and a judge predict become tokens by the same
-rule ([`~trl_perce.persona.token_mask`]).
+rule ([`~trl_perce.persona.masks.token_mask`]).
 """
 
 import ast
@@ -32,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from ..endpoint import Endpoint
-from ..nltk_data import missing_nltk_data
-from ..persona import token_mask
-from ..scores import TokenScores
-from ..words import content_words
+from ..evaluation.endpoint import Endpoint
+from ..evaluation.nltk_data import missing_nltk_data
+from ..evaluation.words import content_words
+from ..persona.masks import token_mask
+from ..scoring.scores import TokenScores
 
 
 logger = logging.getLogger(__name__)
@@ -133,7 +123,7 @@ def answer_tokens(row: dict[str, Any], scores: TokenScores) -> AnswerTokens:
 
     Args:
         row (`dict[str, Any]`): A row with `personal_words`.
-        scores ([`~trl_perce.scores.TokenScores`]): Of this row.
+        scores ([`~trl_perce.scoring.scores.TokenScores`]): Of this row.
 
     Raises:
         `ValueError`: The row was not scored, has no persona, is not the one that was scored, or an annotated word is not in
@@ -170,7 +160,7 @@ class ContentWords:
     """
     Finds nouns, verbs, adjectives and adverbs by NLTK's tokenizer and tagger. Their data (`punkt_tab` and
     `averaged_perceptron_tagger_eng`) are downloaded where they are missing, unless `HF_HUB_OFFLINE` is set. Without NLTK or its
-    data, content words are those of [`~trl_perce.words.content_words`]: then auxiliaries are left out that the tagger would
+    data, content words are those of [`~trl_perce.evaluation.words.content_words`]: then auxiliaries are left out that the tagger would
     keep as verbs.
 
     Attributes:
@@ -256,7 +246,7 @@ def judge_words(rows: list[dict[str, Any]], endpoint: Endpoint) -> Judgement:
 
     Args:
         rows (`list[dict[str, Any]]`): Rows; `personal_words` is not shown to the judge.
-        endpoint ([`~trl_perce.endpoint.Endpoint`]): The judge.
+        endpoint ([`~trl_perce.evaluation.endpoint.Endpoint`]): The judge.
     """
     replies = endpoint.ask([judge_messages(row) for row in rows], desc="Judge")
     return read_judgement(rows, replies)

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Writes rows as those of `data/persona_qa` for given personas, by any model behind an OpenAI-compatible endpoint (PerCE paper,
@@ -24,9 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..endpoint import Endpoint
-from ..files import write_json_lines
-from ..scores import WORD
+from ..evaluation.endpoint import Endpoint
+from ..scoring.scores import WORD
+from ..utils.files import write_json_lines
 from .persona_qa import PROMPT, find_word
 
 
@@ -135,7 +125,7 @@ def build_rows(personas: list[str], endpoint: Endpoint, questions: int = 3, seed
 
     Args:
         personas (`list[str]`): Of people, each once.
-        endpoint ([`~trl_perce.endpoint.Endpoint`]): Who writes.
+        endpoint ([`~trl_perce.evaluation.endpoint.Endpoint`]): Who writes.
         questions (`int`, *optional*, defaults to `3`): Of a person, each about another topic; 15 at most.
         seed (`int`, *optional*, defaults to `0`): For the choice of topics.
     """

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 `trl-perce aloe`: does a model find out, while it talks, how its user wants to be answered (ALOE, Tables 4 and 9)?
@@ -142,7 +132,7 @@ def run(argv: list[str]) -> int:
     Returns:
         `int`: Exit code: 1 where an endpoint failed. Arguments or files that are wrong exit with 2, before a model loads.
     """
-    from trl_perce.endpoint import EndpointError
+    from trl_perce.evaluation.endpoint import EndpointError
 
     parser = make_parser()
     if not sys.stderr.isatty():
@@ -175,7 +165,7 @@ class AloeRun:
 
     def __init__(self, args, model_args):
         from trl_perce.benchmarks.aloe import Aloe, Responder, load_personas, remove_run
-        from trl_perce.endpoint import Endpoint
+        from trl_perce.evaluation.endpoint import Endpoint
 
         self.args, self.model_args = args, model_args
         self._check()
@@ -228,7 +218,7 @@ class AloeRun:
             raise ValueError(f"`chat_template_kwargs` is {args.chat_template_kwargs!r}. Write a JSON object.")
 
     def _load_tokenizer(self) -> None:
-        from trl_perce.loading import find_adapter, load_scoring_tokenizer
+        from trl_perce.scoring.loading import find_adapter, load_scoring_tokenizer
 
         self.args.model_init_kwargs = None
         self.args.model_init_kwargs = model_init_kwargs(self.model_args, self.args)
@@ -248,7 +238,7 @@ class AloeRun:
         from trl import get_quantization_config
 
         from trl_perce.benchmarks.responder import TransformersResponder
-        from trl_perce.loading import load_model
+        from trl_perce.scoring.loading import load_model
 
         args = self.args
         model = load_model(self.base, self.adapter, args, get_quantization_config(self.model_args))

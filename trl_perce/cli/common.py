@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """What the commands share: the data that is loaded, and arguments that are checked before it."""
 
@@ -23,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..files import find_shipped, is_disk_error, read_yaml
+from ..utils.files import find_shipped, is_disk_error, read_yaml
 
 
 # Suffix of a data file → builder of `datasets`
@@ -337,7 +327,7 @@ def load_data(script_args, dataset_args):
 
 def _why_unreadable(path: Path, error: Exception) -> str:
     """What is wrong with a data file, or with one in a folder; Arrow's own words where the line cannot be told."""
-    from trl_perce.rows import find_bad_line
+    from trl_perce.persona.rows import find_bad_line
 
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
         if _builder(file) == "json" and file.suffix != ".gz" and (found := find_bad_line(file)):

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 `trl-perce evaluate`: how well, and how personally, does a model answer a dataset's prompts?
@@ -144,7 +134,7 @@ def _make_evaluation(script_args, options, args, model_args, dataset_args):
 
     from trl_perce.evaluation.card import find_card
     from trl_perce.evaluation.evaluate import Evaluation
-    from trl_perce.loading import find_adapter
+    from trl_perce.scoring.loading import find_adapter
 
     if script_args.max_rows is not None and script_args.max_rows < 1:
         raise ValueError(f"`max_rows` is {script_args.max_rows}. Write a positive number of rows, or leave it out.")
@@ -168,7 +158,7 @@ def _make_evaluation(script_args, options, args, model_args, dataset_args):
 
 def _run(evaluation, updates_card: bool) -> None:
     from trl_perce import PersonaError
-    from trl_perce.endpoint import EndpointError
+    from trl_perce.evaluation.endpoint import EndpointError
 
     try:
         result = evaluation.run()

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 `trl-perce reproduce`: the paper's tables from one command.
@@ -88,17 +78,31 @@ def _make_console():
     return Console(highlight=False, soft_wrap=True, width=200)
 
 
+def make_steps(settings):
+    """The steps of a grid ([`~trl_perce.reproduce.settings.Settings`]), each done by one of our commands."""
+    from trl_perce.cli import aloe, evaluate, train
+    from trl_perce.reproduce.steps import Command, Steps
+
+    commands = {"train": train, "evaluate": evaluate, "aloe": aloe}
+    return Steps(
+        settings,
+        {
+            name: Command(command.run, {option.lstrip("-") for option in command.make_parser()._option_string_actions})
+            for name, command in commands.items()
+        },
+    )
+
+
 def _read(args: argparse.Namespace):
     """The grid's steps; those that are done have their results. All that is wrong with the file is found here."""
     from trl_perce.cli import evaluate, train
     from trl_perce.cli.common import check_known, check_writable
     from trl_perce.reproduce.settings import load_settings
-    from trl_perce.reproduce.steps import Steps
 
     changes = {"output_dir": args.output_dir} if args.output_dir else {}
     settings = load_settings(args.config, **changes)
     check_writable(settings.output_dir)
-    steps = Steps(settings)
+    steps = make_steps(settings)
     parser = train.make_parser()
     for step in steps.train.values():
         check_known(parser, {*step.settings["recipe"]}, launch=False)
@@ -181,11 +185,11 @@ def _write_tables(steps, numbers: list[int] | None, console) -> None:
 
     from rich.markdown import Markdown
 
-    from trl_perce.files import write_json
     from trl_perce.reproduce.compare import compare_methods, write_comparisons
     from trl_perce.reproduce.paper import QUOTES, load_quotes, quoted
     from trl_perce.reproduce.records import make_records
     from trl_perce.reproduce.tables import write_tables
+    from trl_perce.utils.files import write_json
 
     records = make_records(steps)
     folder = Path(steps.settings.output_dir)

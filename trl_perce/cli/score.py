@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 `trl-perce score`: how personal is each token of a dataset's responses, to a model?
@@ -159,9 +149,9 @@ class ScoreRun:
     """
 
     def __init__(self, script_args, args, model_args, dataset_args):
-        from trl_perce.loading import find_adapter, load_scoring_tokenizer
-        from trl_perce.preparation import Preparation
-        from trl_perce.score_file import ScoreFile, remove_scores
+        from trl_perce.scoring.loading import find_adapter, load_scoring_tokenizer
+        from trl_perce.scoring.preparation import Preparation
+        from trl_perce.scoring.score_file import ScoreFile, remove_scores
 
         self.script_args, self.args, self.model_args = script_args, args, model_args
         for name in ("max_rows", "heatmap_rows", "png_rows"):
@@ -195,7 +185,7 @@ class ScoreRun:
         from trl import get_quantization_config
 
         from trl_perce import PerContrast
-        from trl_perce.loading import load_model
+        from trl_perce.scoring.loading import load_model
 
         done = len(self.file.done)
         if self.prepared.num_rows != done:
@@ -213,8 +203,10 @@ class ScoreRun:
         """Write the report and the heatmaps, and print the first of both."""
         from rich.console import Console
 
-        from trl_perce.heatmap import print_heatmap, write_html, write_png
-        from trl_perce.report import make_report, write_report
+        from trl_perce.scoring.heatmap.page import write_html
+        from trl_perce.scoring.heatmap.png import write_png
+        from trl_perce.scoring.heatmap.terminal import print_heatmap
+        from trl_perce.scoring.report import make_report, write_report
 
         folder, rows = Path(self.args.output_dir), self.script_args.png_rows
         report = make_report(self.file, self.settings)

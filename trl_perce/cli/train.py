@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 `trl-perce train`: the PerCE counterpart of `trl sft`.
@@ -74,7 +64,7 @@ def run(argv: list[str]) -> int:
     Returns:
         `int`: Exit code. Arguments that are wrong exit with 2, before a model loads.
     """
-    from trl_perce.checkpoints import check_whole
+    from trl_perce.training.checkpoints import check_whole
 
     parser = make_parser()
     try:
@@ -108,7 +98,7 @@ def main(script_args, training_args, model_args, dataset_args):
     from trl import get_peft_config, get_quantization_config
 
     from trl_perce import PerCETrainer
-    from trl_perce.checkpoints import last_whole_checkpoint
+    from trl_perce.training.checkpoints import last_whole_checkpoint
 
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -175,8 +165,8 @@ def _goes_on_by_itself(training_args) -> bool:
 
 def _main_exit_code(script_args, training_args, *args) -> int:
     from trl_perce import PersonaError
-    from trl_perce.checkpoints import CheckpointError
-    from trl_perce.hub import UploadError
+    from trl_perce.hub.upload import UploadError
+    from trl_perce.training.checkpoints import CheckpointError
 
     if __name__ == "__main__" or is_worker():
         begin_worker(needs_whole_model=False)
@@ -197,7 +187,7 @@ def _main_exit_code(script_args, training_args, *args) -> int:
 
 
 def _where_to_go_on(training_args) -> str:
-    from trl_perce.checkpoints import last_whole_checkpoint
+    from trl_perce.training.checkpoints import last_whole_checkpoint
 
     checkpoint, _ = last_whole_checkpoint(training_args.output_dir)
     if checkpoint is None:

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 The evaluation of a model on rows: predictions, their overlap with the references, uptake of the persona, likelihoods, a judge.
@@ -33,16 +23,16 @@ from peft import PeftModel
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 
-from ..checks import load_tokenizer
 from ..config import copy_config
-from ..files import read_lines, write_json, write_json_lines
-from ..loading import find_adapter, load_model, load_scoring_tokenizer
-from ..percontrast import PerContrast
-from ..persona import PersonaError
-from ..preparation import Preparation
-from ..row_file import RowFile, remove_rows
-from ..score_file import ScoreFile, remove_scores
-from ..scores import TokenScores
+from ..persona.marks import PersonaError
+from ..scoring.loading import find_adapter, load_model, load_scoring_tokenizer
+from ..scoring.percontrast import PerContrast
+from ..scoring.preparation import Preparation
+from ..scoring.score_file import ScoreFile, remove_scores
+from ..scoring.scores import TokenScores
+from ..training.checks import load_tokenizer
+from ..utils.files import read_lines, write_json, write_json_lines
+from ..utils.row_file import RowFile, remove_rows
 from .arguments import EvaluationArguments, GenerationArguments
 from .generate import TransformersGenerator, VLLMGenerator, import_vllm
 from .likelihood import likelihood_values, score_swapped, token_likelihoods
@@ -353,7 +343,7 @@ class Evaluation:
         return [by_row[row] for row in range(len(self.rows))]
 
     def _judge(self, predictions, base_url: str, model: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        from ..endpoint import Endpoint
+        from .endpoint import Endpoint
         from .judge import judge_predictions
 
         endpoint = Endpoint(base_url, model, cache_path=self.folder / "judge_answers.jsonl")

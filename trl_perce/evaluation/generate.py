@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Predictions, as they are finished:
@@ -44,11 +34,11 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
 
-from ..checks import keep_4bit_weights_trainable_on_cpu, load_tokenizer
-from ..estep import split_into_chunks
-from ..loading import find_adapter, load_model, load_scoring_tokenizer
-from ..preparation import Preparation
-from ..share import EVERYTHING, Share
+from ..scoring.loading import find_adapter, load_model, load_scoring_tokenizer
+from ..scoring.preparation import Preparation
+from ..training.checks import keep_4bit_weights_trainable_on_cpu, load_tokenizer
+from ..training.estep import split_into_chunks
+from ..utils.share import EVERYTHING, Share
 from .arguments import GenerationArguments
 from .predictions import Prompt, make_prompts, stop_tokens, to_prediction
 

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 LLM as a judge (Appendix D.1, Table 10): how personal, and how well written, are the predictions of `trl-perce evaluate`?
@@ -27,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from ..endpoint import Endpoint
-from ..files import write_json_lines
-from ..ratings import mean_of_known, parse_rating, to_percent
+from ..utils.files import write_json_lines
+from .endpoint import Endpoint
+from .ratings import mean_of_known, parse_rating, to_percent
 
 
 logger = logging.getLogger(__name__)
@@ -213,7 +203,7 @@ def judge_predictions(
 
     Args:
         predictions (`list[dict[str, Any]]`): Lines of `predictions.jsonl`: `persona`, `query` and `prediction` are judged.
-        endpoint ([`~trl_perce.endpoint.Endpoint`]): The judge. Its file of answers makes a run that was killed go on.
+        endpoint ([`~trl_perce.evaluation.endpoint.Endpoint`]): The judge. Its file of answers makes a run that was killed go on.
         criteria (`Sequence[str]`, *optional*): Of [`CRITERIA`]; all by default.
         samples (`int`, *optional*, defaults to `1`): Replies to each question, of which the mean counts. More than one needs
             an endpoint whose `temperature` is above 0; they go with the seeds 0, 1, ….

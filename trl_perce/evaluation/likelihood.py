@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 How likely the users' own responses are to a model, on the tokens that are personal and on the others.
@@ -24,11 +14,11 @@ import numpy as np
 from datasets import Dataset
 
 from ..config import copy_config
-from ..percontrast import PerContrast
-from ..persona import persona_stretches, swap_persona
-from ..preparation import PreparedRows
-from ..scores import TokenScores
-from ..share import EVERYTHING, Share
+from ..persona.masks import persona_stretches, swap_persona
+from ..scoring.percontrast import PerContrast
+from ..scoring.preparation import PreparedRows
+from ..scoring.scores import TokenScores
+from ..utils.share import EVERYTHING, Share
 from .predictions import other_rows
 
 

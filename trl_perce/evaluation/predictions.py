@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """From a dataset's rows to prompts, and from generated tokens to the lines of `predictions.jsonl`."""
 
@@ -23,18 +13,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
-from ..persona import (
-    PersonaError,
-    TokenBytes,
-    byte_mask,
-    describe,
-    mark_persona,
-    persona_stretches,
-    render,
-    swap_persona,
-    token_mask,
-    trim_persona,
-)
+from ..persona.marks import PersonaError, describe, mark_persona, render
+from ..persona.masks import TokenBytes, byte_mask, persona_stretches, swap_persona, token_mask, trim_persona
 from .uptake import other_personas
 
 

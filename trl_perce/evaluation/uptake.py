@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Uptake: does a reply use the persona? Overlap with one reference hardly tells, since there are many good replies.
@@ -27,12 +17,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..words import content_words
+from .words import content_words
 
 
 def content_stems(text: str) -> set[str]:
     """
-    The distinct content words of a text ([`~trl_perce.words.content_words`]: neither English function words nor numerals), in
+    The distinct content words of a text ([`~trl_perce.evaluation.words.content_words`]: neither English function words nor numerals), in
     lower case, as Porter stems: "Knitting" and "knits" are both "knit". Needs no data of NLTK's. For English.
 
     Args:

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Methods against CE, row by row and seed by seed: the differences that the tables' separate intervals cannot tell."""
 
@@ -21,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.statistics import bootstrap_interval, mean_over_seeds
-from ..files import read_lines, write_text
-from ..markdown import table
+from ..utils.files import read_lines, write_text
+from ..utils.markdown import table
 from .settings import Cell
 from .steps import Steps
 

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Plots of the tables, drawn with matplotlib. Big marks are means over seeds, small dots the seeds, and, where methods stand below
@@ -26,8 +16,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from ..files import written_whole
-from ..heatmap import PALETTE
+from ..scoring.heatmap.palette import PALETTE
+from ..utils.files import written_whole
 from .number import METRIC_LABELS, Number, rate_text, unit
 from .panels import (
     MUTED,

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 The steps of a grid. Each is one of our commands, called in this process with a YAML file of its own, which stays in its folder:
@@ -25,16 +15,17 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..files import read_lines, write_json_lines, write_text
-from ..history import to_examples
-from ..retrieval import Retriever
+from ..history.entries import to_examples
+from ..history.retrieval import Retriever
+from ..utils.files import read_lines, write_json_lines, write_text
 from .grid import Step
 from .settings import Cell, Settings, Task
 
@@ -52,12 +43,27 @@ _EVALUATED = (
 )
 
 
+@dataclass(frozen=True)
+class Command:
+    """
+    A command that steps are made of. The grid is given them, since the command line stands on the grid.
+
+    Args:
+        run (`Callable[[list[str]], int]`): Takes arguments, gives an exit code.
+        arguments (`Collection[str]`): Names of those that it knows.
+    """
+
+    run: Callable[[list[str]], int]
+    arguments: Collection[str]
+
+
 class Steps:
     """
     Makes the steps of a grid, each once.
 
     Args:
         settings ([`Settings`]): The grid.
+        commands (`Mapping[str, Command]`): `"train"`, `"evaluate"` and `"aloe"`.
 
     Attributes:
         data (`dict[str, Step]`): By task.
@@ -66,8 +72,8 @@ class Steps:
         evaluate (`dict[tuple[Cell, str], list[Step]]`): By run and task.
     """
 
-    def __init__(self, settings: Settings):
-        self.settings = settings
+    def __init__(self, settings: Settings, commands: Mapping[str, Command]):
+        self.settings, self.commands = settings, commands
         self.folder = Path(settings.output_dir)
         tasks, cells = settings.tasks, settings.cells()
         self.data = {name: self._data_step(task) for name, task in tasks.items() if task.benchmark != "aloe"}
@@ -156,12 +162,10 @@ class Steps:
         }
 
     def _train(self, recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
-        from ..cli import train
-
         arguments = [argument for key, value in self.settings.launch.items() for argument in (f"--{key}", str(value))]
         if recipe.get("save_strategy", "steps") != "no":
             arguments += ["--resume_from_checkpoint", "true"]
-        _run_command(train.run, recipe, folder / "train", arguments)
+        _run_command(self.commands["train"].run, recipe, folder / "train", arguments)
         return read_log(folder)
 
     # ── evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -217,9 +221,7 @@ class Steps:
         return {**self.settings.evaluation, **own, **task.evaluation}
 
     def _evaluate(self, config: dict[str, Any], folder: Path, kind: str, task: Task) -> dict[str, Any]:
-        from ..cli import evaluate
-
-        _run_command(evaluate.run, config, folder / kind, ["--output_dir", str(folder)])
+        _run_command(self.commands["evaluate"].run, config, folder / kind, ["--output_dir", str(folder)])
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
         if task.benchmark == "general_qa":
             return self._score_answers(task, folder)
@@ -236,10 +238,8 @@ class Steps:
         return {"metrics": summarise(scores, [None] * len(rows)), "unanswered": len(rows) - len(predictions)}
 
     def _aloe_step(self, config: dict[str, Any], folder: Path, needs: tuple[Step, ...]) -> Step:
-        from ..cli import aloe
-
-        names = {option.lstrip("-") for option in aloe.make_parser()._option_string_actions}
-        config = {key: value for key, value in config.items() if key in names}
+        aloe = self.commands["aloe"]
+        config = {key: value for key, value in config.items() if key in aloe.arguments}
 
         def run() -> dict[str, Any]:
             _run_command(aloe.run, config | {"output_dir": str(folder)}, folder / "aloe_run")

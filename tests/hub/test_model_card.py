@@ -1,0 +1,148 @@
+"""The card that is written beside a model, for every kind of run."""
+
+import json
+import re
+
+import pytest
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PromptTuningConfig
+
+from conftest import make_tiny_model
+from rows import make_chat_rows, write_lines
+from trl_perce import PerCETrainer
+from trl_perce.cli.main import main
+from trl_perce.hub.model_card import prompt_format
+
+
+@pytest.fixture
+def make_card(make_args, tokenizer, tmp_path):
+    def make(data=None, peft_config=None, train=True, dataset_name=None, **kwargs):
+        args = make_args(output_dir=str(tmp_path / "my-run"), max_length=None, **{"max_steps": 2, **kwargs})
+        data = Dataset.from_list(make_chat_rows()) if data is None else data
+        evaluates = {"eval_dataset": Dataset.from_list(make_chat_rows(3))} if kwargs.get("eval_strategy") else {}
+        model = make_tiny_model("llama")
+        trainer = PerCETrainer(
+            model, args, None, data, processing_class=tokenizer, peft_config=peft_config, **evaluates
+        )
+        if train:
+            trainer.train()
+        (tmp_path / "my-run").mkdir(exist_ok=True)
+        trainer.create_model_card(dataset_name=dataset_name)
+        card = ModelCard.load(tmp_path / "my-run" / "README.md")
+        assert "Zarquon" not in card.content and "Quibbles" not in card.content and str(tmp_path) not in card.content
+        assert not re.search(r"\bNone\b|\n{3,}", card.content), card.content
+        return card, trainer
+
+    return make
+
+
+def test_lora_with_an_evaluation(make_card):
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    card, trainer = make_card(peft_config=lora, eval_strategy="steps", eval_steps=2, dataset_name="somebody/rows")
+    data, text = card.data, card.text
+    assert (
+        data.library_name == "peft"
+        and {"lora", "perce", "trl-perce", "trl"} <= {*data.tags}
+        and data.model_name == "my-run"
+    )
+    assert (
+        data.datasets == ["somebody/rows"] and "[somebody/rows](https://huggingface.co/datasets/somebody/rows)" in text
+    )
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    for name in ("pir/mean", "weight/mean", "nll"):
+        first, last = (f"{log[name]:.3f}".replace("-", "−") for log in (logs[0], logs[-1]))
+        assert f"| {first} | {last} |" in text
+    evaluated = next(log for log in trainer.state.log_history if "eval_nll" in log)
+    assert {result.metric_type: result.metric_value for result in data.eval_results} == {
+        name: round(evaluated[f"eval_{name}"], 4) for name in ("nll", "loss", "pir/mean", "pir/personal_fraction")
+    }
+    assert "r 4, alpha 8, dropout 0, on q_proj, v_proj" in text and "steps: 2" in text
+    assert "About me: {persona}\nWhat should I buy, number …?<|im_end|>\n<|im_start|>assistant" in text
+
+
+@pytest.mark.parametrize("kind", ["full", "prompt tuning", "loss", "uniform", "sequence", "stream"])
+def test_other_runs(make_card, kind, tmp_path):
+    lora = LoraConfig(r=4, target_modules="all-linear")
+    kwargs = {
+        "full": {"peft_config": None},
+        "prompt tuning": {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)},
+        "loss": {"peft_config": lora, "token_weighting": "loss", "weight_clip_min": 0.5},
+        "uniform": {"peft_config": lora, "token_weighting": "uniform"},
+        "sequence": {"peft_config": lora, "weight_normalization": "sequence", "weight_clip_max": 8.0},
+        "stream": {"peft_config": lora, "data": Dataset.from_list(make_chat_rows()).to_iterable_dataset()},
+    }[kind]
+    card, trainer = make_card(**kwargs)
+    text = card.text
+    assert (
+        (card.data.library_name == "transformers")
+        == (kind == "full")
+        == (" AutoModelForCausalLM.from_pretrained" in text)
+    )
+    assert {"full": [], "prompt tuning": ["prompt_tuning"]}.get(kind, ["lora"]) == [
+        tag for tag in card.data.tags if tag in ("lora", "prompt_tuning")
+    ]
+    expected = {
+        "loss": "weighted by their own loss, clipped to 0.5 … 5: LossCE, a baseline of [Rethinking",
+        "uniform": "Plain cross-entropy",
+        "sequence": "divided by their mean over the row",
+        "stream": "as in the training data",
+    }
+    assert expected.get(kind, r"\mathcal{L}") in text
+    assert card.data.eval_results is None
+
+
+def test_a_card_before_training_and_a_local_dataset(make_card, tmp_path):
+    card, _ = make_card(
+        peft_config=LoraConfig(r=4, target_modules="all-linear"), train=False, dataset_name=str(tmp_path)
+    )
+    assert card.data.datasets is None and "| in training |" not in card.text
+
+
+@pytest.mark.parametrize(
+    "data, shown",
+    [
+        (make_chat_rows(12), "About me: {persona}\nWhat should I buy, number …?<|im_end|>"),
+        (make_chat_rows(12, "What now?"), "About me: {persona}\nWhat now?<|im_end|>"),  # one question, many personas
+        (make_chat_rows(4), None),  # too few to tell what is shared from what is somebody's
+        ([row | {"persona": None} for row in make_chat_rows(12)], None),
+    ],
+    ids=["questions", "one question", "few", "no personas"],
+)
+def test_the_prompt_format_shows_what_is_shared(make_args, tokenizer, data, shown):
+    from trl_perce.scoring.preparation import Preparation
+
+    prepared = Preparation(tokenizer, make_args(max_length=None))(Dataset.from_list(data), "rows").dataset
+    found = prompt_format(prepared, tokenizer)
+    assert found is None if shown is None else shown in found
+    assert "Zarquon" not in json.dumps(found)
+
+
+def test_results_of_evaluate_go_into_the_card(make_card, tiny_model, tmp_path, capsys):
+    lora = LoraConfig(r=4, target_modules="all-linear")
+    card, trainer = make_card(peft_config=lora, eval_strategy="steps", eval_steps=2)
+    trainer.model.peft_config["default"].base_model_name_or_path = tiny_model
+    trainer.save_model()
+    trainer.create_model_card()
+    rows = write_lines(tmp_path / "rows.jsonl", make_chat_rows(3))
+    argv = ["evaluate", "--model_name_or_path", str(tmp_path / "my-run"), "--dataset_name", rows, "--metrics", "rouge"]
+    argv += ["--max_new_tokens", "4", "--output_dir", str(tmp_path / "evaluation"), "--update_model_card"]
+    for rows in ("2", "3"):
+        assert main([*argv, "--max_rows", rows, "--overwrite"]) == 0
+        metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["metrics"]
+        card = ModelCard.load(tmp_path / "my-run" / "README.md")
+        of_training, new = {}, {}
+        for result in card.data.eval_results:
+            (of_training if result.dataset_split is None else new)[result.metric_type] = result.metric_value
+        assert {*of_training} == {"nll", "loss", "pir/mean", "pir/personal_fraction"}
+        assert new == {name: round(entry["mean"], 4) for name, entry in metrics.items() if entry["mean"] is not None}
+        assert f"on {rows} rows of the split train (temperature 0.4" in card.text  # the only split of a file
+        assert card.text.count("## Evaluation of predictions") == card.text.count("`rougeL`") == 1
+        assert card.text.index("`rougeL`") < card.text.index("## Privacy")
+        assert not any(text in card.content for text in ("Zarquon", "Quibbles", str(tmp_path)))
+        assert card.data.model_name == "my-run" and card.data.library_name == "peft"
+    assert f"Model card: {tmp_path / 'my-run' / 'README.md'}" in capsys.readouterr().out
+    (tmp_path / "my-run" / "README.md").unlink()
+    with pytest.raises(SystemExit) as stopped:
+        main([*argv, "--overwrite"])
+    assert stopped.value.code == 2 and "`update_model_card`: there is no model card" in capsys.readouterr().err

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""A trainer's uploads: they try again, failures in the background are told, and the model card is ours."""
+
+from concurrent.futures import Future
+from weakref import WeakSet
+
+from transformers import Trainer
+
+from ..utils.files import is_disk_error
+from .model_card import write_model_card
+from .upload import UPLOAD_ERRORS, upload_again, warn_if_failed
+
+
+class UploadMixin(Trainer):
+    """Over a trainer: what goes to the Hub, and how."""
+
+    def __init__(self, *args, **kwargs):
+        self._uploads: WeakSet[Future] = WeakSet()  # in the background
+        super().__init__(*args, **kwargs)
+
+    def _send_telemetry(self):
+        pass  # no request that nobody asked for
+
+    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
+        try:
+            return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
+        except UPLOAD_ERRORS as error:
+            if self.hub_model_id is None or is_disk_error(error):  # there is no repository yet; saving failed
+                raise
+            # Only the upload again: saving is done, and would want all processes
+            return upload_again(error, self.hub_model_id, self.args, commit_message, token, revision)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        super()._push_from_checkpoint(checkpoint_folder)
+        jobs = self.push_in_progress.jobs if self.is_world_process_zero() and self.push_in_progress else []
+        for job in jobs:
+            if job not in self._uploads:
+                self._uploads.add(job)
+                job.add_done_callback(lambda job: warn_if_failed(job, self.hub_model_id, self.args))
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero():
+            write_model_card(self, model_name, dataset_name)

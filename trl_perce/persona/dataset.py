@@ -1,0 +1,440 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+`marks.py` and `masks.py` over whole datasets, map-style or streaming: before TRL's preparation (`mark_dataset`) and behind its
+tokenization (`add_persona_mask`).
+"""
+
+import copy
+import json
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset, List, Value
+from transformers import PreTrainedTokenizerBase
+from trl import is_conversational, pack_dataset
+from trl.data_utils import get_dataset_column_names
+from trl.trainer.utils import global_then_local_main_first
+
+from .. import __version__
+from ..config import copy_config
+from .marks import PersonaError, Span, describe, mark_persona, render
+from .masks import TokenBytes, byte_mask, token_mask, trim_persona
+
+
+logger = get_logger(__name__)
+
+# Columns that live between the two functions. JSON, since Arrow cannot infer the type of lists that are all empty.
+SPANS_COLUMN = "_persona_spans"
+# Number of tokens that were trimmed, or one of the following
+_TRIMMED_COLUMN = "_persona_trimmed"
+_LEFT_OUT = -1  # does not fit without its persona
+_CUT = -2  # by TRL, since it has no persona to trim
+_UNLABELLED = -3  # fits, but TRL drops it: no token of it is trained
+
+# What is looked at ahead: a streaming dataset cannot be counted, so its first rows stand for it.
+_SAMPLE = 100
+# Rows that are read at a time
+_BATCH = 1000
+
+
+def mark_dataset(dataset, name: str, args, formatting_func=None):
+    """
+    Find the persona in each row ([`~trl_perce.persona.marks.mark_persona`]). Rows that are already tokenized stay as they are.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Any dataset type of TRL's SFT.
+        name (`str`): What to call it in messages, such as `"train"`.
+        args ([`PerCEConfig`]): Gives the markers and the text column.
+        formatting_func (`Callable[[dict], str]`, *optional*): As in [`~trl.SFTTrainer`].
+
+    Returns:
+        The dataset as TRL shall see it, with a column of spans.
+
+    Raises:
+        `ValueError`: The dataset is empty.
+        `PersonaError`: A row's persona is unclear; the message names the row.
+    """
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        raise ValueError(
+            f"The {name} dataset has a transform (`with_transform`), whose rows may change. Write its result into the "
+            "dataset with `Dataset.map`."
+        )
+    columns = _first_row(dataset, name).keys()
+    if "input_ids" in columns:
+        return dataset
+    return _map(
+        dataset,
+        _mark_row,
+        args,
+        f"Finding the personas of {name} dataset",
+        {
+            "name": name,
+            "formatting_func": formatting_func,
+            "text_field": args.dataset_text_field,
+            "start_marker": args.persona_start_marker,
+            "end_marker": args.persona_end_marker,
+        },
+        # `maybe_convert_to_chatml` renames it
+        remove_columns=["conversations"] if "conversations" in columns else None,
+    )
+
+
+def count_personas(dataset, name: str, args, required: bool) -> int:
+    """
+    Count the rows with a persona, and log how many have none.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): From [`mark_dataset`].
+        name (`str`): What to call it in messages.
+        args ([`PerCEConfig`]): Gives the weighting and the markers.
+        required (`bool`): Whether PerCE needs a row with a persona; otherwise none is worth a warning.
+
+    Returns:
+        `int`: Rows with a persona; of a streaming dataset those among its first 100.
+
+    Raises:
+        `PersonaError`: No row has a persona, and `required`.
+    """
+    examples: Iterable[dict[str, Any]]
+    streaming = isinstance(dataset, IterableDataset)
+    if streaming:
+        examples = list(islice(dataset, _SAMPLE))
+        rows = len(examples)
+    else:  # read no more than what tells, in batches, which is much faster
+        columns = [column for column in (SPANS_COLUMN, "persona_mask") if column in dataset.column_names]
+        batches = dataset.select_columns(columns).iter(_BATCH) if columns else ()
+        examples = (
+            dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True)
+        )
+        rows = len(dataset)
+    found = sum(map(has_persona, examples))
+    if args.token_weighting == "perce" and found == 0:
+        message = f"{name} dataset: no row {f'of the first {rows} ' if streaming else ''}has a persona."
+        if required:
+            raise PersonaError(
+                f"{message} Write {args.persona_start_marker}…{args.persona_end_marker} around the persona in the prompt, "
+                "or add a column 'persona' and write {persona} where it belongs. To train plain CE, set "
+                "`token_weighting='uniform'`."
+            )
+        logger.warning(f"{message} Its loss is plain CE.")
+    elif args.token_weighting == "perce" and found < rows and not streaming:
+        logger.warning(
+            f"{name} dataset: {rows - found} of {rows} rows have no persona and count as plain CE (weight 1)."
+        )
+    return found
+
+
+def has_persona(example: dict[str, Any]) -> bool:
+    """Whether a row from [`mark_dataset`] has a persona."""
+    return example.get(SPANS_COLUMN, "[]") != "[]" or any(example.get("persona_mask") or ())
+
+
+def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, chat_template, text_field: str) -> None:
+    """
+    Render the first row with a persona, if it is among the first 100 rows, so that a chat template that loses it is
+    found before the model loads.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): From [`mark_dataset`].
+        name (`str`): What to call it in messages.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer with the chat template.
+        chat_template (`str` or `None`): Template to use instead of the tokenizer's.
+        text_field (`str`): Column of a plain language-modeling row.
+
+    Raises:
+        `PersonaError`: The chat template loses the persona.
+    """
+    for index, example in enumerate(islice(dataset, _SAMPLE)):
+        spans = _spans(example)
+        if spans:
+            with _naming_row(name, index):
+                render(example, spans, tokenizer, chat_template, text_field)
+            return
+
+
+def describe_rows(dataset, name: str, args):
+    """
+    Remember of each row what is to be shown of it beyond its tokens.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): From [`mark_dataset`].
+        name (`str`): What to call it in messages.
+        args ([`PerCEConfig`]): Gives the text column.
+
+    Returns:
+        The dataset with the columns `_row`, the row's index, and `_persona` and `_query`
+        ([`~trl_perce.persona.marks.describe`]; `None` where the row came tokenized).
+    """
+    return _map(dataset, _describe_row, args, f"Describing {name} dataset", {"text_field": args.dataset_text_field})
+
+
+def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, chat_template: str | None, args):
+    """
+    Turn the spans of tokenized rows into a `persona_mask`, and trim the persona of rows that are too long.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            From [`mark_dataset`], then tokenized by TRL: with `input_ids` and `labels`, not yet truncated.
+        name (`str`): What to call it in messages.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer that TRL used.
+        chat_template (`str` or `None`): The template that TRL used, if not the tokenizer's.
+        args ([`PerCEConfig`]): Gives `max_length`, `truncate_persona` and the text column.
+
+    Returns:
+        `tuple`: The dataset with `persona_mask`, a list of 0 and 1 as long as `input_ids`, and whether every row is known to
+            be as TRL's truncation would leave it. Rows whose question and response alone are over `max_length` are left
+            out, counted and logged.
+
+    Raises:
+        `PersonaError`: A mask cannot be aligned with TRL's tokens; the message names the row and the reason.
+    """
+    features = None
+    if isinstance(dataset, Dataset):  # small integers: the mask is as long as the tokens
+        features = dataset.features.copy()
+        features.pop(SPANS_COLUMN, None)
+        features.setdefault("persona_mask", List(Value("int8")))
+        features[_TRIMMED_COLUMN] = Value("int32")
+    dataset = _map(
+        dataset,
+        _mask_row,
+        args,
+        f"Masking the personas of {name} dataset",
+        {
+            "name": name,
+            "tokenizer": tokenizer,
+            "token_bytes": TokenBytes(tokenizer),
+            "chat_template": chat_template,
+            "text_field": args.dataset_text_field,
+            "max_length": args.max_length,
+            "truncate_persona": args.truncate_persona,
+            "keep_end": args.truncation_mode == "keep_end",
+        },
+        remove_columns=[SPANS_COLUMN] if SPANS_COLUMN in get_dataset_column_names(dataset) else None,
+        features=features,
+    )
+    report = _TrimReport(name, args.max_length)
+    if isinstance(dataset, IterableDataset):
+        dataset, is_final = dataset.filter(report.keeps, with_indices=True), False
+    else:
+        trimmed = dataset.with_format("numpy")[_TRIMMED_COLUMN][:]
+        report.add(trimmed)
+        report.log()
+        if report.left_out == report.rows:
+            raise PersonaError(
+                f"{name} dataset: no row fits into `max_length={args.max_length}` without its persona. Raise `max_length`."
+            )
+        if report.left_out:
+            dataset = dataset.select(np.flatnonzero(trimmed != _LEFT_OUT))
+        is_final = not np.isin(trimmed, (_CUT, _UNLABELLED)).any()
+    return dataset.remove_columns(_TRIMMED_COLUMN), is_final
+
+
+def tokenize_with_mask(prepare, dataset, name: str, processing_class, tokenizer, chat_template: str | None, args):
+    """
+    Let TRL tokenize a dataset and build its labels, then find the persona's tokens and trim it ([`add_persona_mask`]). What is
+    left to truncate is left to TRL.
+
+    Args:
+        prepare (`Callable`): `SFTTrainer._prepare_dataset`, bound.
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): From [`mark_dataset`].
+        name (`str`): What to call it in messages.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]): For TRL.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer in it.
+        chat_template (`str` or `None`): The template that TRL uses, if not the tokenizer's.
+        args ([`PerCEConfig`]): Configuration of the trainer.
+
+    Returns:
+        `tuple`: As [`add_persona_mask`].
+    """
+    whole = copy_config(args, max_length=None, shuffle_dataset=False)
+    dataset = prepare(dataset, processing_class, whole, False, None, name)
+    return add_persona_mask(dataset, name, tokenizer, chat_template, args)
+
+
+def pack_dataset_with_mask(dataset, name: str, args):
+    """
+    Pack rows as TRL does, with their `persona_mask`.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            From [`add_persona_mask`], then truncated (and shuffled, if `args.shuffle_dataset`) by TRL.
+        name (`str`): What to call it in messages.
+        args ([`PerCEConfig`]): Gives `max_length` and the packing strategy.
+
+    Returns:
+        The dataset with the columns of [`~trl.pack_dataset`] and `persona_mask`.
+    """
+    kwargs = {}
+    if isinstance(dataset, Dataset):  # `IterableDataset.map` supports neither
+        kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Packing {name} dataset"}
+    with global_then_local_main_first():
+        dataset = dataset.select_columns(["input_ids", "labels", "persona_mask"])
+        dataset = pack_dataset(dataset, args.max_length, args.packing_strategy, kwargs)
+    # Packing goes by length: as TRL, shuffle what comes out too
+    return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+
+class _TrimReport:
+    """Counts what does not fit into `max_length`. A streaming dataset logs as it goes, at 1, 10, 100 … rows."""
+
+    def __init__(self, name: str, max_length: int | None):
+        self.name, self.max_length = name, max_length
+        self.rows = self.trimmed_rows = self.trimmed_tokens = self.left_out = self.cut = 0
+        self._next_log = 1
+
+    def add(self, trimmed: np.ndarray) -> None:
+        self.rows += len(trimmed)
+        self.left_out += int((trimmed == _LEFT_OUT).sum())
+        self.cut += int((trimmed == _CUT).sum())
+        self.trimmed_rows += int((trimmed > 0).sum())
+        self.trimmed_tokens += int(trimmed[trimmed > 0].sum())
+
+    def keeps(self, example: dict[str, Any], index: int) -> bool:
+        if index >= self.rows:  # not yet counted by an earlier pass over the stream
+            self.add(np.array([example[_TRIMMED_COLUMN]]))
+        if self.trimmed_rows + self.left_out + self.cut >= self._next_log:
+            self._next_log *= 10
+            self.log()
+        return example[_TRIMMED_COLUMN] != _LEFT_OUT
+
+    def log(self) -> None:
+        if self.trimmed_rows:
+            logger.warning(
+                f"{self.name} dataset: trimmed the persona of {self.trimmed_rows} of {self.rows} rows, by "
+                f"{self.trimmed_tokens} tokens in all, to fit into `max_length={self.max_length}`."
+            )
+        if self.left_out:
+            logger.warning(
+                f"{self.name} dataset: left out {self.left_out} of {self.rows} rows, whose question and response alone "
+                f"are longer than `max_length={self.max_length}`."
+            )
+        if self.cut:
+            logger.warning(
+                f"{self.name} dataset: {self.cut} of {self.rows} rows are longer than `max_length={self.max_length}` and "
+                "no persona may be trimmed (there is none, or `truncate_persona` is off): TRL cuts them."
+            )
+
+
+def _first_row(dataset, name: str) -> dict[str, Any]:
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError(f"The {name} dataset is empty. Give it at least one row.")
+    return row
+
+
+def _map(dataset, function, args, desc: str, fn_kwargs: dict[str, Any], **kwargs):
+    if isinstance(dataset, Dataset):  # `IterableDataset.map` supports neither
+        kwargs |= {"num_proc": args.dataset_num_proc, "desc": desc}
+    # `datasets` knows a module's function by its name alone: another version of it must not find this one's cache
+    fn_kwargs = {**fn_kwargs, "version": __version__}
+    with global_then_local_main_first():
+        return dataset.map(function, with_indices=True, fn_kwargs=fn_kwargs, **kwargs)
+
+
+class _naming_row:
+    """Context manager that puts the row in front of the message of a [`PersonaError`]."""
+
+    def __init__(self, name: str, index: int):
+        self.where = f"{name} dataset, row {index}: "
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, PersonaError):
+            raise PersonaError(self.where + str(error)) from error
+
+
+def _spans(example: dict[str, Any]) -> list[Span]:
+    return [Span(*span) for span in json.loads(example.get(SPANS_COLUMN, "[]"))]
+
+
+def _mark_row(example, index, version, name, formatting_func, text_field, start_marker, end_marker):
+    for column in {"prompt", "completion", "messages", "conversations"} & {*example}:
+        # Marks are taken out in place, and a stream may hand out the same messages again
+        example[column] = copy.deepcopy(example[column])
+    with _naming_row(name, index):
+        if formatting_func is not None:
+            # `SFTTrainer` writes the formatted text to this column
+            example["text"] = formatting_func(example)
+        example, spans = mark_persona(example, text_field, start_marker, end_marker)
+    # The row itself: what was not read of it passes on as it is
+    example[SPANS_COLUMN] = json.dumps(spans)
+    return example
+
+
+def _describe_row(example, index, version, text_field) -> dict[str, Any]:
+    persona, query = None, None
+    if "input_ids" not in example:
+        persona, query = describe(example, _spans(example), text_field)
+    return {"_row": index, "_persona": persona, "_query": query}
+
+
+def _mask_row(
+    example,
+    index,
+    version,
+    name,
+    tokenizer,
+    token_bytes,
+    chat_template,
+    text_field,
+    max_length,
+    truncate_persona,
+    keep_end,
+) -> dict[str, Any]:
+    ids = example["input_ids"]
+    spans = _spans(example)
+    with _naming_row(name, index):
+        if spans:
+            text, char_spans = render(example, spans, tokenizer, chat_template, text_field)
+            mask = byte_mask([token_bytes[token] for token in ids], text, char_spans)
+            if mask is None:  # the tokenizer adds, changes or leaves out characters: ask it where its tokens are
+                encoded = tokenizer(
+                    text, add_special_tokens=not is_conversational(example), return_offsets_mapping=True
+                )
+                _check_same_tokens(encoded["input_ids"], ids, tokenizer)
+                mask = token_mask(encoded["offset_mapping"], char_spans)
+        else:
+            mask = example.get("persona_mask") or [0] * len(ids)
+            _check_mask(mask, ids)
+
+    row, trimmed = {"persona_mask": mask}, 0
+    if max_length is not None and len(ids) > max_length:
+        if not truncate_persona or not any(mask):
+            # TRL truncates `input_ids` and `labels` next, in the same way
+            return {"persona_mask": mask[-max_length:] if keep_end else mask[:max_length], _TRIMMED_COLUMN: _CUT}
+        keep = trim_persona(mask, max_length)
+        if len(keep) > max_length:
+            return {**row, _TRIMMED_COLUMN: _LEFT_OUT}
+        columns = {"input_ids": ids, "labels": example["labels"], "persona_mask": mask}
+        row = {key: [column[position] for position in keep] for key, column in columns.items()}
+        trimmed = len(ids) - len(keep)
+    is_labelled = any(label != -100 for label in row.get("labels", example["labels"]))
+    return {**row, _TRIMMED_COLUMN: trimmed if is_labelled else _UNLABELLED}
+
+
+def _check_mask(mask: list[int], ids: list[int]) -> None:
+    if len(mask) != len(ids) or not set(mask) <= {0, 1}:
+        raise PersonaError(
+            f"'persona_mask' must be a list of 0 and 1 as long as 'input_ids' ({len(ids)} tokens), got {len(mask)} values "
+            f"from {sorted(set(mask))[:5]}."
+        )
+
+
+def _check_same_tokens(ids: list[int], trl_ids: list[int], tokenizer) -> None:
+    if ids == trl_ids:
+        return
+    first = next(
+        (i for i, (a, b) in enumerate(zip(ids, trl_ids, strict=False)) if a != b), min(len(ids), len(trl_ids))
+    )
+    raise PersonaError(
+        f"the persona cannot be aligned: the row's text gives other tokens than TRL's tokenization, from token {first} on "
+        f"({tokenizer.decode(ids[first : first + 5])!r} instead of {tokenizer.decode(trl_ids[first : first + 5])!r}). The "
+        "chat template renders a message differently when its text changes (it cuts or rewrites it). Use another chat "
+        "template, or move the persona."
+    )

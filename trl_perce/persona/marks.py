@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Where a row's text says that the persona is: marks (markers, or a column and its placeholder) → character spans."""
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from trl import is_conversational, maybe_convert_to_chatml
+
+
+PLACEHOLDER = "{persona}"
+
+# Stands in for a span's border while a chat template renders the row. Unicode keeps U+FDD0 free for internal use: it is
+# no character, no template treats it as white space, and valid text does not hold it.
+_BORDER = "\ufdd0"
+
+
+class PersonaError(ValueError):
+    """The persona cannot be told from a row's text; the message names the row, the reason and what to write instead."""
+
+
+class Span(NamedTuple):
+    """
+    A persona in one text of a row.
+
+    Attributes:
+        column (`str`): `"prompt"`, `"completion"`, `"messages"` or the text column.
+        message (`int` or `None`): Index of the message, `None` where the column holds a string.
+        part (`int` or `None`): Index of the content part, `None` where the message's content is a string.
+        start (`int`): Index of the persona's first character in that text, marks taken out.
+        end (`int`): Index after its last character.
+    """
+
+    column: str
+    message: int | None
+    part: int | None
+    start: int
+    end: int
+
+
+def split_at_markers(text: str, start_marker: str, end_marker: str) -> list[str]:
+    """
+    Split a text at its persona markers. Pieces alternate: the ones at odd indices are personas.
+
+    Args:
+        text (`str`): Text with any number of `start_marker … end_marker`.
+        start_marker (`str`): Text that opens a persona.
+        end_marker (`str`): Text that closes it.
+
+    Returns:
+        `list[str]`: An odd number of pieces whose concatenation is the text without its markers.
+
+    Raises:
+        `PersonaError`: The markers are not balanced, or one persona lies in another.
+    """
+    pieces, position, inside = [], 0, False
+    while True:
+        start = text.find(start_marker, position)
+        end = text.find(end_marker, position)
+        if start == end == -1:
+            break
+        is_start = end == -1 or -1 < start < end
+        found = start if is_start else end
+        if is_start == inside:
+            what = (
+                f"{start_marker!r} inside of another persona" if inside else f"{end_marker!r} without {start_marker!r}"
+            )
+            raise PersonaError(
+                f"{what} at character {found}: {_excerpt(text, found)}. Write one {start_marker!r} before and one "
+                f"{end_marker!r} behind each persona. If the text itself holds a marker, choose other markers "
+                "(`persona_start_marker`, `persona_end_marker`) or give the persona in a column."
+            )
+        pieces.append(text[position:found])
+        position = found + len(start_marker if is_start else end_marker)
+        inside = is_start
+    if inside:
+        raise PersonaError(
+            f"{start_marker!r} is not closed: {_excerpt(text, position - len(start_marker))}. Write {end_marker!r} "
+            "behind the persona."
+        )
+    return [*pieces, text[position:]]
+
+
+def split_at_placeholder(text: str, persona: str) -> list[str]:
+    """
+    Put the persona in the place of each `{persona}`. The persona stays literal text, also where it holds `{persona}` or
+    a marker, and so do all other braces.
+
+    Args:
+        text (`str`): Text with any number of `{persona}`.
+        persona (`str`): What to put there.
+
+    Returns:
+        `list[str]`: Pieces as those of [`split_at_markers`].
+    """
+    outside = text.split(PLACEHOLDER)
+    return [piece for text_piece in outside for piece in (text_piece, persona)][:-1]
+
+
+def mark_persona(
+    example: dict[str, Any],
+    text_field: str = "text",
+    start_marker: str = "<persona>",
+    end_marker: str = "</persona>",
+) -> tuple[dict[str, Any], list[Span]]:
+    """
+    Find the persona in a row that is not yet tokenized: between markers, or in the column `persona`, whose text takes
+    the place of `{persona}`.
+
+    Args:
+        example (`dict[str, Any]`): A row of any dataset type of TRL's SFT. Its messages are changed in place.
+        text_field (`str`, *optional*, defaults to `"text"`): Column of a plain language-modeling row.
+        start_marker (`str`, *optional*, defaults to `"<persona>"`): Text that opens a persona.
+        end_marker (`str`, *optional*, defaults to `"</persona>"`): Text that closes it.
+
+    Returns:
+        `tuple[dict[str, Any], list[Span]]`: The row as TRL shall see it (ChatML, marks taken out, persona filled in),
+        and its personas in order. A persona of white space alone is none.
+
+    Raises:
+        `PersonaError`: The row says neither clearly that it has a persona nor that it has none.
+    """
+    example = maybe_convert_to_chatml(example)
+    persona = example.get("persona")
+    if persona is not None and not isinstance(persona, str):
+        raise PersonaError(
+            f"column 'persona' holds a {type(persona).__name__}. Write one string (join a list of sentences)."
+        )
+
+    spans, has_markers, has_placeholder = [], False, False
+    for holder, key, where, is_response in _texts(example, text_field):
+        text = holder[key]
+        marked = split_at_markers(text, start_marker, end_marker)
+        in_markers = len(marked) > 1
+        in_column = any(PLACEHOLDER in piece for piece in marked[::2])
+        if is_response:
+            if in_markers or (in_column and persona is not None):
+                raise PersonaError(
+                    f"the persona is inside of the response ({where[0]!r}): {_excerpt(text, 0)}. The response must not "
+                    "change when the persona is taken away: move the persona to the prompt."
+                )
+            continue
+        has_markers |= in_markers
+        has_placeholder |= in_column
+        if in_column and "persona" not in example:
+            raise PersonaError(
+                f"{where[0]!r} holds {PLACEHOLDER!r} and there is no column 'persona'. Add the column, or write "
+                f"{start_marker}…{end_marker} around the persona."
+            )
+        pieces = marked if not in_column else split_at_placeholder(text, persona or "")
+        position = 0
+        for index, piece in enumerate(pieces):
+            if index % 2 and piece.strip():
+                spans.append(Span(*where, position, position + len(piece)))
+            position += len(piece)
+        holder[key] = "".join(pieces)
+
+    if has_markers and (persona or has_placeholder):
+        raise PersonaError(
+            f"the persona is given both ways, in markers and as column 'persona' with {PLACEHOLDER!r}. Keep one of them."
+        )
+    if persona and not has_placeholder:
+        raise PersonaError(
+            f"there is a column 'persona' and no {PLACEHOLDER!r} in the prompt. Write {PLACEHOLDER!r} where the persona "
+            "belongs, or remove or rename the column."
+        )
+    return example, spans
+
+
+def _columns(example: dict[str, Any], text_field: str) -> tuple[str, ...]:
+    """The columns whose text TRL will tokenize."""
+    if "prompt" in example:
+        return ("prompt", "completion")
+    return ("messages",) if is_conversational(example) else (text_field,)
+
+
+def _texts(
+    example: dict[str, Any], text_field: str
+) -> Iterator[tuple[dict[str, Any], str, tuple[str, int | None, int | None], bool]]:
+    """Yield `(holder, key, (column, message, part), is_response)` for each text of the row that TRL will tokenize."""
+    for column in _columns(example, text_field):
+        if example.get(column) is None:
+            raise PersonaError(
+                f"column {column!r} is missing or empty. A row has 'messages', 'prompt' and 'completion', {text_field!r}, "
+                "or 'input_ids'."
+            )
+        if isinstance(example[column], str):
+            yield example, column, (column, None, None), column == "completion"
+            continue
+        for index, message in enumerate(example[column]):
+            is_response = column == "completion" or (column == "messages" and message["role"] == "assistant")
+            content = message.get("content")
+            if isinstance(content, str):
+                yield message, "content", (column, index, None), is_response
+            for part_index, part in enumerate(content if isinstance(content, list) else ()):
+                if isinstance(part.get("text"), str):
+                    yield part, "text", (column, index, part_index), is_response
+
+
+def render(
+    example: dict[str, Any],
+    spans: list[Span],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None = None,
+    text_field: str = "text",
+) -> tuple[str, list[tuple[int, int]]]:
+    """
+    The text that TRL tokenizes for a row, and where its personas are in it.
+
+    Conversational rows go through the chat template with a border character at both ends of each persona, which tells
+    a persona from the same words elsewhere. White space at the ends of a persona stays outside of the borders meanwhile,
+    so that a template that trims a message trims it here too.
+
+    Args:
+        example (`dict[str, Any]`): A row from [`mark_persona`].
+        spans (`list[Span]`): Its personas.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer with the chat template.
+        chat_template (`str`, *optional*): Template to use instead of the tokenizer's.
+        text_field (`str`, *optional*, defaults to `"text"`): Column of a plain language-modeling row.
+
+    Returns:
+        `tuple[str, list[tuple[int, int]]]`: The text, and the half-open character spans of the personas in it.
+
+    Raises:
+        `PersonaError`: The chat template left out a persona, or rendered it more than once.
+    """
+    marked = copy.deepcopy({column: example[column] for column in _columns(example, text_field)})
+    stripped = []
+    for column, message, part, start, end in reversed(spans):  # from the end, so that earlier indices stay right
+        holder, key = (marked, column) if message is None else (marked[column][message], "content")
+        if part is not None:
+            holder, key = holder["content"][part], "text"
+        text = holder[key]
+        persona = text[start:end]
+        core_start = start + len(persona) - len(persona.lstrip())
+        core_end = end - len(persona) + len(persona.rstrip())
+        holder[key] = text[:core_start] + _BORDER + text[core_start:core_end] + _BORDER + text[core_end:]
+        stripped.append((text[start:core_start], text[core_end:end]))
+    stripped.reverse()
+
+    values = [marked[column] for column in marked]
+    if is_conversational(example):
+        tools = example.get("tools")
+        try:
+            rendered = tokenizer.apply_chat_template(
+                [message for messages in values for message in messages],
+                tokenize=False,
+                chat_template=chat_template,
+                tools=json.loads(tools) if isinstance(tools, str) else tools,
+                **(example.get("chat_template_kwargs") or {}),
+            )
+        except TemplateError as error:
+            raise PersonaError(f"the chat template does not take this conversation: {error}") from error
+    else:
+        rendered = "".join(values)
+
+    pieces = rendered.split(_BORDER)
+    if len(pieces) != 2 * len(spans) + 1:
+        raise PersonaError(
+            f"the chat template rendered {(len(pieces) - 1) / 2:g} of {len(spans)} personas. It leaves out (or repeats) "
+            f"the message that holds the persona ({', '.join(sorted({_role(example, span) for span in spans}))}). Put "
+            "the persona into a message that the template renders once, such as the first user message."
+        )
+    text = "".join(pieces)
+    found, position = [], 0
+    for (before, behind), outside, core in zip(stripped, pieces[::2], pieces[1::2], strict=False):
+        start = position + len(outside)
+        end = start + len(core)
+        position = end
+        # The template may have trimmed the white space: take back what it left.
+        while before and start > 0 and text[start - 1] == before[-1]:
+            start, before = start - 1, before[:-1]
+        while behind and end < len(text) and text[end] == behind[0]:
+            end, behind = end + 1, behind[1:]
+        found.append((start, end))
+    return text, found
+
+
+def _role(example: dict[str, Any], span: Span) -> str:
+    return repr(span.column if span.message is None else example[span.column][span.message]["role"])
+
+
+def describe(example: dict[str, Any], spans: list[Span], text_field: str = "text") -> tuple[str, str]:
+    """
+    What to show of a row beside its response.
+
+    Args:
+        example (`dict[str, Any]`): A row from [`mark_persona`].
+        spans (`list[Span]`): Its personas.
+        text_field (`str`, *optional*, defaults to `"text"`): Column of a plain language-modeling row.
+
+    Returns:
+        `tuple[str, str]`: The personas, a blank line between each two, and the query: the last text before the last response, "…"
+        for each persona in it, without blank lines. Empty where there is none.
+    """
+    personas, query, before = [], "", ""
+    for holder, key, where, is_response in _texts(example, text_field):
+        own = [(span.start, span.end) for span in spans if span[:3] == where]
+        personas += [holder[key][start:end] for start, end in own]
+        if is_response:
+            query = before
+        else:
+            borders = [0, *(border for span in own for border in span), len(holder[key])]
+            before = "…".join(holder[key][start:end] for start, end in zip(borders[::2], borders[1::2], strict=True))
+    return "\n\n".join(personas), re.sub(r"\s*\n\s*", "\n", query.strip())
+
+
+def _excerpt(text: str, position: int, width: int = 30) -> str:
+    start, end = max(position - width, 0), position + width
+    return repr(("…" if start else "") + text[start:end] + ("…" if end < len(text) else ""))

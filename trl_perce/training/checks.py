@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What must hold before a model loads, and the parts of a run that are looked up for it."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, PromptLearningConfig
+from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
+from trl.trainer.utils import get_config_model_id
+
+from ..config import PerCEConfig
+from .collator import DataCollatorForPerCE
+
+
+def check_arguments(args: PerCEConfig, data_collator, kwargs: dict[str, Any]) -> None:
+    """
+    Raise a `ValueError` on arguments of the trainer that cannot go together, saying what to write instead.
+
+    Args:
+        args ([`PerCEConfig`]): Configuration of the trainer.
+        data_collator ([`~transformers.DataCollator`] or `None`): The collator that was passed, if any.
+        kwargs (`dict[str, Any]`): Further arguments of the trainer, such as `peft_config`.
+    """
+    peft_config = kwargs.get("peft_config")
+    targets = getattr(peft_config, "target_modules", None) or ()
+    if (
+        re.fullmatch(targets, "lm_head")
+        if isinstance(targets, str)
+        else any(name.split(".")[-1] == "lm_head" for name in targets)
+    ):
+        raise ValueError(
+            "The adapter sits on `lm_head`, where it would not be trained: log-probabilities are computed from "
+            "`lm_head.weight` directly. Remove 'lm_head' from `target_modules` (`lora_target_modules`)."
+        )
+    if args.token_weighting == "uniform":
+        return
+    if args.loss_type != "nll" or args.label_smoothing_factor or kwargs.get("compute_loss_func") is not None:
+        raise ValueError(
+            f"`token_weighting='{args.token_weighting}'` weights the negative log-likelihood. Leave `loss_type` at 'nll', "
+            "`label_smoothing_factor` at 0 and `compute_loss_func` unset, or set `token_weighting='uniform'`."
+        )
+    if args.packing or args.eval_packing:
+        _check_packing(args)
+    if (args.packing or args.padding_free) and isinstance(peft_config, PromptLearningConfig):
+        raise ValueError(
+            f"`packing` and `padding_free` do not go with a `{type(peft_config).__name__}`: PEFT ignores the positions that "
+            "keep documents apart. Set both to `False`, or use a LoRA adapter."
+        )
+    if (
+        args.token_weighting == "perce"
+        and data_collator is not None
+        and not isinstance(data_collator, DataCollatorForPerCE)
+    ):
+        raise ValueError(
+            f"`data_collator` is a `{type(data_collator).__name__}`, which does not build the counterfactual pass. Pass a "
+            "`DataCollatorForPerCE` or none."
+        )
+
+
+def _check_packing(args: PerCEConfig) -> None:
+    if args.packing_strategy != "bfd":
+        raise ValueError(
+            f"`packing_strategy='{args.packing_strategy}'` cuts rows apart, and a response from its persona. Set "
+            "`packing_strategy='bfd'`, or `token_weighting='uniform'`."
+        )
+    if args.eval_packing and not args.packing:
+        raise ValueError(
+            "`eval_packing=True` without `packing=True` pads packed rows, in which documents see each other (TRL 1.16). Set "
+            "`packing=True` too, or `eval_packing=False`."
+        )
+    if args.max_length is None:
+        raise ValueError("`packing=True` needs `max_length`, the number of tokens of a packed row. Set it.")
+
+
+def is_prepared_by_trl(train_dataset, args: PerCEConfig) -> bool:
+    """Whether `SFTTrainer` will tokenize `train_dataset`. Raises where PerCE could not work with what it gets instead."""
+    if train_dataset is None:
+        return False  # `SFTTrainer` says so
+    first = next(iter(train_dataset), None)
+    if first is None:
+        raise ValueError("The train dataset is empty. Give it at least one row.")
+    if "image" in first or "images" in first:
+        if args.token_weighting != "uniform":
+            raise ValueError(
+                f"The dataset holds images, for which `token_weighting='{args.token_weighting}'` is not supported. Remove "
+                "the image columns, or set `token_weighting='uniform'`."
+            )
+        return False
+    if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        if args.token_weighting == "perce" and "persona_mask" not in first:
+            raise ValueError(
+                "`skip_prepare_dataset=True` needs a dataset with the columns 'input_ids', 'labels' and 'persona_mask'; "
+                f"it has {', '.join(map(repr, first))}."
+            )
+        return False
+    return True
+
+
+def load_tokenizer(model, args: PerCEConfig, processing_class):
+    """The tokenizer of the run, loaded as `SFTTrainer` would once it has the model."""
+    if processing_class is None:
+        by_name = isinstance(model, str)
+        processing_class = AutoProcessor.from_pretrained(
+            model if by_name else get_config_model_id(model.config),
+            revision=(args.model_init_kwargs or {}).get("revision") if by_name else None,
+            trust_remote_code=args.trust_remote_code,
+        )
+    if isinstance(processing_class, ProcessorMixin):  # a vision-language model, of which only the text is trained
+        tokenizer = processing_class.tokenizer
+        tokenizer.chat_template = tokenizer.chat_template or processing_class.chat_template
+        processing_class = tokenizer
+    if not processing_class.is_fast:
+        raise ValueError(
+            f"The tokenizer ({type(processing_class).__name__}) gives no character offsets, without which the persona's "
+            "tokens cannot be told. Use a fast tokenizer (one that is backed by the `tokenizers` library)."
+        )
+    return processing_class
+
+
+def chat_template(args: PerCEConfig) -> str | None:
+    """The template that `chat_template_path` names, which `SFTTrainer` will use; `None` if the tokenizer's own is used."""
+    path = args.chat_template_path
+    if path is None:
+        return None
+    if Path(path).is_file():
+        return Path(path).read_text(encoding="utf-8")
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code).chat_template
+
+
+def keep_4bit_weights_trainable_on_cpu(model) -> None:
+    """
+    Stop bitsandbytes from packing 4-bit weights for inference on the first forward pass in evaluation mode, on CPUs with
+    AVX512-BF16. The packed weights stay when training goes on, and have no backward pass (bitsandbytes 0.50.2): all
+    gradients behind the first such layer would silently be wrong.
+    """
+    for module in _linear_4bit_modules(model):
+        module.support_avx512bf16_for_cpu = False
+
+
+def make_trainable_in_fp16(model) -> None:
+    """
+    Put the weights that are trained into float32, since the gradient scaler of `fp16` takes no others. TRL (1.16) casts a quantized
+    model's adapters to bfloat16, which a card without bfloat16 could not train.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): As `SFTTrainer` has set it up.
+
+    Raises:
+        `ValueError`: It has no adapter, and is not in float32: casting it would double its memory unasked.
+    """
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    for name, weight in trained:
+        if weight.dtype != torch.float32 and not isinstance(model, PeftModel):
+            raise ValueError(
+                f"`fp16=True` trains with a gradient scaler, which takes weights in float32, and {name!r} is in "
+                f"{str(weight.dtype).removeprefix('torch.')}. Set `dtype='float32'`, train an adapter (`use_peft`), or set "
+                "`bf16=True` instead."
+            )
+        weight.data = weight.data.float()
+
+
+def check_4bit_weights_trainable(model) -> None:
+    """Raise a `ValueError` on 4-bit weights that bitsandbytes has packed ([`keep_4bit_weights_trainable_on_cpu`])."""
+    if any(
+        getattr(module.weight.quant_state, "packing_format_for_cpu", False) for module in _linear_4bit_modules(model)
+    ):
+        raise ValueError(
+            "The 4-bit model has been evaluated on CPU, which packed its weights so that they cannot be trained. Load the "
+            "model anew and do not run it before the trainer has it."
+        )
+
+
+def _linear_4bit_modules(model) -> list:
+    if "bitsandbytes" not in sys.modules:  # then there can be none
+        return []
+    from bitsandbytes.nn import Linear4bit
+
+    return [module for module in model.modules() if isinstance(module, Linear4bit)]
