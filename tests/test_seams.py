@@ -51,7 +51,7 @@ def test_the_window_is_gathered_before_its_first_step():
 
 
 def test_the_random_state_is_loaded_after_the_window_is_gathered():
-    # trainer.py `_load_rng_state` is called ahead of the E-step, and once
+    # training/checkpoint_mixin.py `_load_rng_state` is called ahead of the E-step, and once
     assert list(inspect.signature(Trainer._load_rng_state).parameters) == ["self", "checkpoint"]
     text = source(Trainer._run_epoch)
     assert text.count("self._load_rng_state(resume_from_checkpoint)") == 2, transformers_hint(
@@ -69,7 +69,7 @@ def test_evaluation_does_not_gather_windows():
 
 
 def test_checkpoints_save_and_load_the_optimizer_on_every_process():
-    # trainer.py keeps `counterfactual_refresh_epochs`'s log-probabilities beside it
+    # training/checkpoint_mixin.py keeps `counterfactual_refresh_epochs`'s log-probabilities beside it
     for function, argument, caller in (
         (Trainer._save_optimizer_and_scheduler, "output_dir", Trainer._save_checkpoint),
         (Trainer._load_optimizer_and_scheduler, "checkpoint", Trainer._prepare_for_training),
@@ -82,7 +82,7 @@ def test_checkpoints_save_and_load_the_optimizer_on_every_process():
 
 
 def test_the_state_of_the_trainer_is_the_last_file_of_a_checkpoint():
-    # checkpoints.py takes a checkpoint that has one for whole, and trainer.py `_save_rng_state` lets it wait for all processes
+    # checkpoints.py takes a checkpoint that has one for whole, and checkpoint_mixin.py `_save_rng_state` lets it wait for all processes
     text = source(Trainer._save_checkpoint)
     order = ["self.save_model(", "self._save_optimizer_and_scheduler(", "self._save_scaler(", "self._save_rng_state("]
     order += ["self.state.save_to_json(", "rotate_checkpoints("]
@@ -92,7 +92,7 @@ def test_the_state_of_the_trainer_is_the_last_file_of_a_checkpoint():
 
 
 def test_telemetry_is_one_method():
-    # trainer.py makes it do nothing
+    # hub/upload_mixin.py makes it do nothing
     for cls in SFTTrainer.__mro__[:-1]:
         for name, member in vars(cls).items():
             if inspect.isfunction(member) and "send_telemetry(" in source(member):
@@ -103,7 +103,7 @@ def test_telemetry_is_one_method():
 
 
 def test_what_is_uploaded():
-    # hub.py `upload_again` goes on with what `push_to_hub` began
+    # hub/upload.py `upload_again` goes on with what `push_to_hub` began
     text = source(Trainer.push_to_hub)
     for seam in (
         'ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]',
