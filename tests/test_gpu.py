@@ -16,14 +16,13 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig
 from safetensors.torch import load_file
-from test_packing import LAYOUTS, pir_by_row
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config
 from trl import SFTConfig, SFTTrainer
 
 import trl_perce.trainer
 from conftest import TINY_CONFIGS, make_tiny_model
 from reference import make_rows, reference, response_log_probs
-from test_trainer import assert_close, one_sgd_step, record_pir, to_dataset
+from runs import LAYOUTS, assert_close, one_sgd_step, pir_by_row, record_pir, to_dataset
 from trl_perce import PerCEConfig, PerCETrainer, PerContrast
 
 

@@ -1,66 +1,12 @@
-import copy
-
 import pytest
 import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-import trl_perce.trainer
 from conftest import TINY_CONFIGS, make_tiny_model
 from reference import FLOAT32, make_rows, masked_context_log_probs, reference, response_log_probs
+from runs import assert_close, one_sgd_step, record_pir, to_dataset, train
 from trl_perce import DataCollatorForPerCE, PerCETrainer
-
-
-def to_dataset(rows) -> Dataset:
-    return Dataset.from_list([row.tokenized() for row in rows])
-
-
-def train(make_args, tokenizer, model, rows, **kwargs):
-    args = make_args(**{"max_length": None, **kwargs})
-    trainer = PerCETrainer(model, args, train_dataset=to_dataset(rows), processing_class=tokenizer)
-    trainer.train()
-    return trainer
-
-
-def one_sgd_step(make_args, tokenizer, kind, rows, dtype=torch.float32, **kwargs):
-    """Loss of one optimizer step, and the gradients, read off the parameters: plain SGD with learning rate 1."""
-    model = make_tiny_model(kind).to(dtype)
-    before = copy.deepcopy(model.state_dict())
-    trainer = train(
-        make_args,
-        tokenizer,
-        model,
-        rows,
-        **{
-            "optim": "sgd",
-            "learning_rate": 1.0,
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": 0.0,
-            "max_steps": 1,
-        },
-        **kwargs,
-    )
-    gradients = {name: before[name] - value.cpu() for name, value in model.state_dict().items()}
-    return trainer.state.log_history[0], gradients
-
-
-def assert_close(gradients, expected, relative=2e-4):
-    assert expected
-    for name, gradient in expected.items():
-        error = (gradients[name].double() - gradient).norm() / gradient.norm().clamp(min=1e-9)
-        assert error < relative, (name, error)
-
-
-def record_pir(monkeypatch) -> list[torch.Tensor]:
-    """PIR of every micro-batch, as the trainer computes it."""
-    recorded, original = [], trl_perce.trainer.personal_influence_ratio
-
-    def recorder(*args):
-        recorded.append(original(*args))
-        return recorded[-1]
-
-    monkeypatch.setattr(trl_perce.trainer, "personal_influence_ratio", recorder)
-    return recorded
 
 
 # ── 1. loss and gradients against float64 ────────────────────────────────────────────────────────────────────────────

@@ -403,8 +403,10 @@ def generate_to(folder, model):
 
 def test_a_killed_run_ends_as_if_it_had_not_been(tiny_model, tmp_path):
     part = tmp_path / "killed" / "predictions.jsonl.part"
-    code = "import sys; from test_generate import generate_to; generate_to(*sys.argv[1:])"
-    killed = subprocess.Popen([sys.executable, "-c", code, str(part.parent), tiny_model], cwd=ROOT / "tests")
+    code = "import sys; sys.path.append('..'); from test_generate import generate_to; generate_to(*sys.argv[1:])"
+    killed = subprocess.Popen(
+        [sys.executable, "-c", code, str(part.parent), tiny_model], cwd=ROOT / "tests" / "evaluation"
+    )
     while not part.is_file() or part.read_bytes().count(b"\n") < 12:
         assert killed.poll() is None
         time.sleep(0.005)

@@ -15,6 +15,7 @@ from conftest import ROOT, TINY_CONFIGS, make_tiny_model
 
 
 sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
+import step_cost  # noqa: E402
 from cost_report import summarize  # noqa: E402
 from flops import Row, scoring_pass, step_ratio_floor, training_pass  # noqa: E402
 from measure import Run, train  # noqa: E402
@@ -143,6 +144,7 @@ def test_seconds_of_a_step_are_told_by_whole_periods():
 
 
 def test_from_the_command_line_to_table_and_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(step_cost, "be_quiet", lambda: None)  # the other tests of this process want to hear us
     monkeypatch.setitem(CONFIGS, "qwen3-0.6b", TINY_CONFIGS["qwen3"])
     arguments = ["--models", "qwen3-0.6b", "--persona_lengths", "16", "--rounds", "1", "--device", "cpu"]
     arguments += ["--variants", "sft", "drop", "refresh3", "--output_dir", str(tmp_path)]

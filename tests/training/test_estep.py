@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 from conftest import make_tiny_model
 from reference import FLOAT32, make_rows
-from test_trainer import to_dataset
+from runs import to_dataset
 from trl_perce import PerCETrainer
 from trl_perce.training.estep import split_into_chunks, tokens_that_fit
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from conftest import make_tiny_model
 from reference import make_rows, response_log_probs
-from test_trainer import to_dataset
+from runs import to_dataset
 from trl_perce import PerCETrainer
 from trl_perce.training.log_prob_store import LogProbStore
 

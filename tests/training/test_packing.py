@@ -6,32 +6,8 @@ from datasets import IterableDataset
 
 from conftest import TINY_CONFIGS, make_tiny_model
 from reference import FLOAT32, make_rows, reference
-from test_trainer import assert_close, one_sgd_step, record_pir, to_dataset, train
+from runs import LAYOUTS, assert_close, one_sgd_step, pir_by_row, record_pir, to_dataset, train
 from trl_perce import PerCETrainer
-
-
-LAYOUTS = {
-    "packed": {"packing": True, "max_length": 40},
-    "packed, two rows a batch": {"packing": True, "max_length": 31, "per_device_train_batch_size": 2},
-    "padding-free": {"padding_free": True, "max_length": None},
-    "padded": {"max_length": None},
-    "single": {"max_length": None, "per_device_train_batch_size": 1},
-}
-
-
-def pir_by_row(pir: list[torch.Tensor], trainer, rows) -> dict[tuple, torch.Tensor]:
-    """PIR of each row with a persona, by its response, which tells the rows apart."""
-    columns = trainer.train_dataset
-    responses, personas = [], {tuple(row.response) for row in rows if row.persona}
-    for labels, lengths in zip(columns["labels"], columns["seq_lengths"] if "seq_lengths" in columns.features else
-                               [[len(labels)] for labels in columns["labels"]], strict=True):  # fmt: skip
-        start = 0
-        for length in lengths:
-            response = tuple(label for label in labels[start : start + length] if label != -100)
-            responses += [response] if response in personas else []
-            start += length
-    values = torch.cat(pir).split([len(response) for response in responses])
-    return dict(zip(responses, values, strict=True))
 
 
 @pytest.mark.parametrize("counterfactual", ["drop", "mask"])
