@@ -19,10 +19,10 @@ import numpy as np
 
 from trl_perce.cli.reproduce import make_steps
 from trl_perce.evaluation.likelihood import ratio_values
-from trl_perce.evaluation.statistics import bootstrap_interval
 from trl_perce.reproduce.settings import load_settings
 from trl_perce.reproduce.steps import Steps
 from trl_perce.utils.files import read_lines
+from trl_perce.utils.statistics import bootstrap_interval
 
 
 EDGES = [-np.inf, -1.0, -0.2, 0.2, 1.0, 2.0, 4.0, np.inf]

@@ -1,5 +1,5 @@
 """
-The private seams of TRL and Transformers that we stand on, as read in TRL 1.16.0 and Transformers 5.23.0. If one of
+The private seams of TRL and Transformers that we stand on, as read in TRL 1.16.0 and Transformers 5.24.0. If one of
 these fails after an upgrade, read the named place again and then the place of ours.
 """
 
@@ -17,7 +17,7 @@ from trl.trainer import sft_trainer, utils
 
 
 READ_IN = "1.16.0"
-TRANSFORMERS_READ_IN = "5.23.0"
+TRANSFORMERS_READ_IN = "5.24.0"
 
 
 def source(obj) -> str:

@@ -12,7 +12,7 @@ Does PerCE help, at a size that a CPU cannot reach? CE and PerCE on chats and on
 
 A LoRA adapter (r 16, all linear layers) is trained for one epoch. Each task and seed is a process of its own and writes
 <task>-<seed>.json; what is there is not run again. Writes helps.json and helps.md after each. Intervals are 95 %, for new seeds and
-new users (`trl_perce.evaluation.statistics.mean_over_seeds`).
+new users (`trl_perce.utils.statistics.mean_over_seeds`).
 """
 
 import argparse
@@ -148,7 +148,7 @@ def write(path: Path, text: str) -> None:
 
 def aggregate(runs: list[dict]) -> tuple[dict, str]:
     """Means over seeds and rows, the differences PerCE − CE with their intervals, and the same as Markdown."""
-    from trl_perce.evaluation.statistics import mean_over_seeds
+    from trl_perce.utils.statistics import mean_over_seeds
 
     lines = [
         "| data | rows to train, to test | seeds | figure | untrained | CE | PerCE | PerCE − CE |",

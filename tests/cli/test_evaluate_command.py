@@ -17,8 +17,8 @@ from trl_perce.evaluation.evaluate import evaluate as evaluate_rows
 from trl_perce.evaluation.generate import TransformersGenerator
 from trl_perce.evaluation.likelihood import likelihood_values, ratio_values, score_swapped, token_likelihoods
 from trl_perce.evaluation.predictions import other_rows
-from trl_perce.evaluation.statistics import bootstrap_interval, paired_test
 from trl_perce.evaluation.uptake import persona_uptake
+from trl_perce.utils.statistics import bootstrap_interval, paired_test
 
 
 pytest_plugins = ["servers"]

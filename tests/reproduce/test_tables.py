@@ -17,8 +17,8 @@ from trl_perce.reproduce.number import make_number, rate_text
 from trl_perce.reproduce.plots import draw_plots
 from trl_perce.reproduce.results import Condition, Results, baseline_of
 from trl_perce.reproduce.tables import NEEDS, TITLES, write_tables
-from trl_perce.utils.intervals import ratio_interval, student
 from trl_perce.utils.markdown import code, escape
+from trl_perce.utils.statistics import ratio_interval
 
 
 SETTINGS = {
@@ -95,13 +95,6 @@ def small_grid(seeds=(0, 1), rates=(1e-4, 1e-3), model="big|model"):
 
 
 # Numbers
-
-
-@pytest.mark.parametrize(
-    "freedom, expected", [(1, 12.706), (2, 4.303), (5, 2.571), (8, 2.306), (9, 2.262), (15, 2.131), (30, 2.042)]
-)
-def test_students_t(freedom, expected):
-    assert student(freedom) == pytest.approx(expected, abs=0.01)
 
 
 def test_interval_of_a_ratio():

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from accelerate.logging import get_logger
 from accelerate.utils import extract_model_from_parallel
+from packaging.version import Version
 from peft import PeftConfig, PeftModel
 from torch.nn.functional import pad
 from transformers import (
@@ -53,6 +55,8 @@ _CONTINUOUS_ON: frozenset[str] = frozenset()
 _FORWARD_TOKENS, _BLOCK_TOKENS = 2048, 256
 # Share of a padded batch that has to be finished for the others to go on without it
 _LEAVING = 1 / 8
+# What generation calls the keys and values that it keeps: Transformers renamed it
+_CACHE = "cache" if Version(transformers.__version__) >= Version("5.24.0") else "past_key_values"
 
 
 class _Generator:
@@ -230,13 +234,13 @@ class TransformersGenerator(_Generator):
                 output = extract_model_from_parallel(self.model).generate(
                     input_ids=ids,
                     attention_mask=mask,
-                    past_key_values=cache,
                     generation_config=self._config(end - ids.shape[1]),
                     logits_processor=self._processors(rows, random_numbers),
                     stopping_criteria=StoppingCriteriaList([finished]),
                     **guidance,
+                    **({} if cache is None else {_CACHE: cache}),
                 )
-                ids, cache = output.sequences, output.past_key_values
+                ids, cache = output.sequences, getattr(output, _CACHE)
                 made.update(zip(rows, ids[:, start:].tolist(), strict=True))
                 left = (~finished.rows).nonzero()[:, 0]
                 if not len(left) or ids.shape[1] == end:

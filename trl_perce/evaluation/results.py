@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..utils.files import read_lines
+from ..utils.statistics import bootstrap_interval, paired_test
 from .predictions import Prompt
-from .statistics import bootstrap_interval, paired_test
 
 
 def summarise(values: dict[str, np.ndarray], groups: Sequence[str | None]) -> dict[str, dict[str, Any]]:
@@ -42,7 +42,7 @@ def compare(
     values: dict[str, np.ndarray], baseline: dict[int, dict[str, Any]], groups: Sequence[str | None]
 ) -> dict[str, dict[str, Any]]:
     """
-    Paired tests ([`~statistics.paired_test`]) on the rows that have a value in both evaluations.
+    Paired tests ([`~trl_perce.utils.statistics.paired_test`]) on the rows that have a value in both evaluations.
 
     Args:
         values (`dict[str, np.ndarray]`): As in [`summarise`].

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.statistics import bootstrap_interval, mean_over_seeds
 from ..utils.files import read_lines, write_text
 from ..utils.markdown import table
+from ..utils.statistics import bootstrap_interval, mean_over_seeds
 from .settings import Cell
 from .steps import Steps
 
@@ -30,7 +30,7 @@ METRICS = {
 }
 _EXPLANATION = """\
 Mean difference to {baseline} over the same test rows, and its 95 % interval. With two or more seeds the interval is for new seeds and
-new users (crossed random effects: `evaluation.statistics.mean_over_seeds`); with one seed it is for new users alone, and says nothing of
+new users (crossed random effects: `utils.statistics.mean_over_seeds`); with one seed it is for new users alone, and says nothing of
 other seeds. **Bold**: the interval does not hold 0. One in twenty would be bold by chance."""
 
 

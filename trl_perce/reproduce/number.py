@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..utils.intervals import ratio_interval
+from ..utils.statistics import ratio_interval
 
 
 METRIC_LABELS = {

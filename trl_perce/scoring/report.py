@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from ..utils.files import write_text
-from ..utils.intervals import ratio_interval
 from ..utils.markdown import code, table
+from ..utils.statistics import ratio_interval
 from .scores import TokenScores
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trl_perce.evaluation.statistics import bootstrap_interval, mean_over_seeds, paired_test
+from trl_perce.utils.statistics import bootstrap_interval, mean_over_seeds, paired_test
 
 
 def users_rows(random, users: int, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:

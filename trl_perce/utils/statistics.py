@@ -170,6 +170,29 @@ def mean_over_seeds(
     return {"mean": float(mean), "interval": (float(mean - half), float(mean + half))}
 
 
+def ratio_interval(parts: np.ndarray, wholes: np.ndarray) -> list[float] | None:
+    """
+    95 % interval of the ratio `Σ parts / Σ wholes` over independent draws: the ratio's linearized standard error times
+    Student's t with `P - 1` degrees of freedom. With all wholes 1 it is the t-interval of a mean.
+
+    Args:
+        parts (`np.ndarray`, `np.float64` of shape `(P,)`): Numerators, one a draw.
+        wholes (`np.ndarray`, `np.float64` of shape `(P,)`): Denominators of the same draws; their sum is not 0.
+
+    Returns:
+        `list[float]`: Low and high end, in this order. `None` for fewer than two draws.
+    """
+    from scipy.special import stdtrit
+
+    number = len(parts)
+    if number < 2:
+        return None
+    ratio, freedom = parts.sum() / wholes.sum(), number - 1
+    error = np.sqrt(number / freedom * ((parts - ratio * wholes) ** 2).sum()) / abs(wholes.sum())
+    half = float(stdtrit(freedom, 0.975) * error)
+    return [float(ratio) - half, float(ratio) + half]
+
+
 def _checked(values: Sequence[float] | np.ndarray) -> np.ndarray:
     array = np.asarray(values, dtype=float)
     if array.ndim != 1:
