@@ -110,7 +110,7 @@ def _generation(args):
 
 
 def _helps(args):
-    shape = ["--rows", "2", "--seeds", "0"] if args.rehearse else ["--processes", "6"]
+    shape = ["--rows", "2", "--seeds", "0"] if args.rehearse else ["--processes", "4"]
     return [[f"{HERE}/helps.py", "--model", str(args.model), "--data", str(args.data), *shape]]
 
 

@@ -113,7 +113,7 @@ def test_a_figure_over_seeds():
     ]
     number = Results(records, {}).number(CE, "reviews", "rougeL")
     assert number.mean == pytest.approx(0.23) and number.sd == pytest.approx(0.03)
-    half = 4.3027 * 0.03 / math.sqrt(3)
+    half = 4.30265273 * 0.03 / math.sqrt(3)
     assert number.seed_interval == pytest.approx([0.23 - half, 0.23 + half])
     assert number.row_interval == pytest.approx([0.13, 0.33])
     assert (number.seeds, number.rows, number.without_value) == (3, [40, 42], 0)
