@@ -9,12 +9,13 @@ Conversations of several turns: every reply of the assistant is trained, and the
 the context of *all* replies.
 """
 
+# PEFT comes last: `trl_perce` keeps a message of bitsandbytes, which PEFT imports, off the screen
+# isort: off
 import sys
 
 from datasets import Dataset
-from peft import LoraConfig
-
 from trl_perce import PerCEConfig, PerCETrainer, PerContrast
+from peft import LoraConfig
 
 
 conversation = {

@@ -9,12 +9,13 @@ A stream has no length, so `max_steps` says when to stop. The persona is found, 
 On the command line: `dataset_streaming: true`.
 """
 
+# PEFT comes last: `trl_perce` keeps a message of bitsandbytes, which PEFT imports, off the screen
+# isort: off
 import sys
 
 from datasets import load_dataset
-from peft import LoraConfig
-
 from trl_perce import PerCEConfig, PerCETrainer, PerContrast
+from peft import LoraConfig
 
 
 model, path = sys.argv[1:3]

@@ -1,5 +1,4 @@
 # ruff: noqa: E402
-import logging
 import os
 
 
@@ -7,9 +6,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# On import it warns of a Hub kernel that is not there, which would come behind pytest's closing line
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+import trl_perce.utils.noise  # noqa: F401  (bitsandbytes' message would come behind pytest's closing line)
 
+
+# isort: split
 import sys
 from pathlib import Path
 

@@ -5,7 +5,7 @@ import torch
 from trl import SFTConfig
 
 from trl_perce import PerCEConfig
-from trl_perce.config import copy_config
+from trl_perce.config import copy_config, has_accelerator
 
 
 def test_every_new_field_has_help_and_the_defaults_are_the_papers():
@@ -62,3 +62,18 @@ def test_the_token_is_not_pickled(tmp_path):
     kept = torch.load(tmp_path / "training_args.bin", weights_only=False)
     assert kept.hub_token is None and kept.weight_clip_max == args.weight_clip_max
     assert copy_config(args).hub_token == "hf_secret"
+
+
+@pytest.mark.skipif(has_accelerator(), reason="the CPU is chosen where there is nothing else")
+def test_without_an_accelerator_the_cpu_is_chosen(tmp_path):
+    args = PerCEConfig(str(tmp_path))
+    assert args.use_cpu and args.device.type == "cpu" and args.bf16 is False and args.mixed_precision == "no"
+    asked = PerCEConfig(str(tmp_path), bf16=True)
+    assert asked.use_cpu and asked.bf16 and asked.mixed_precision == "bf16"
+    assert copy_config(asked, max_length=None).use_cpu
+
+
+def test_on_a_cpu_bf16_is_asked_for(tmp_path):
+    assert not PerCEConfig(str(tmp_path), use_cpu=True).bf16
+    assert PerCEConfig(str(tmp_path), use_cpu=True, bf16=True).bf16
+    assert SFTConfig(str(tmp_path), use_cpu=True).bf16  # TRL 1.16's default, from which this departs

@@ -2,10 +2,13 @@
 
 import ast
 import dataclasses
+import logging
+import os
 import re
 import subprocess
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,10 @@ import pytest
 from conftest import ROOT
 from trl_perce import PerCEConfig
 from trl_perce.cli.main import COMMANDS
+from trl_perce.config import has_accelerator
+from trl_perce.utils import noise
 from trl_perce.utils.files import find_shipped
+from trl_perce.utils.noise import keep_noise_off
 
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -114,6 +120,36 @@ def test_the_help_shows_our_options_first_and_loads_little(monkeypatch):
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == parsers["train"].format_help() + "set()\n" and not result.stderr
+
+
+def test_noise_of_other_libraries_is_kept_off_and_nothing_else(caplog):
+    keep_noise_off()  # pytest has filters of its own
+    for name, start in noise.LOGGED.items():
+        logging.getLogger(name).warning("%s, and how to install it", start)
+        logging.getLogger(name).warning("Something else")
+    assert [record.getMessage() for record in caplog.records] == ["Something else"]
+    old = "`gradient_checkpointing` is deprecated and will be removed in v6."
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        keep_noise_off()
+        for text, category in ((old, FutureWarning), (old, UserWarning), ("`dtype` is deprecated", FutureWarning)):
+            warnings.warn(text, category)
+    assert [warning.category for warning in shown] == [UserWarning, FutureWarning]
+
+
+def test_the_readmes_snippet_says_nothing_but_what_is_for_the_user(tiny_model, tmp_path):
+    """In a process of its own, where nothing filters but what users have."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    snippet = re.search(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)[1]
+    result = subprocess.run(
+        [sys.executable, "-c", snippet.replace("Qwen/Qwen3-0.6B", tiny_model)],
+        **{"capture_output": True, "text": True, "cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}},
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip() and "%|" not in line]  # but for progress bars
+    device = [] if has_accelerator() else ["No accelerator: training on the CPU in float32."]
+    assert [line.removeprefix("[RANK 0] ") for line in lines] == device
+    assert (tmp_path / "qwen3-perce" / "adapter_model.safetensors").is_file()
 
 
 # Imports run one way: a room imports from rooms above it alone (CONTRIBUTING.md draws them)

@@ -1,6 +1,10 @@
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from conftest import TINY_CONFIGS, make_tiny_model
@@ -252,3 +256,48 @@ def test_evaluation_gives_the_weighted_loss_and_the_metrics(make_args, tokenizer
     assert first["eval_nll"] == pytest.approx(plain.loss, rel=1e-5)
     pir = [value for row in expected.pir for value in row]
     assert first["eval_pir/mean"] == pytest.approx(sum(pir) / len(pir), rel=1e-4)
+
+
+# ── what makes PIR noisy ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "kind, of_model, of_adapter, neftune, expected",
+    [
+        ("llama", {}, 0.0, None, []),
+        ("llama", {"attention_dropout": 0.1}, None, None, ["the model's `attention_dropout` 0.1"]),
+        ("llama", {}, 0.05, 5, ["the adapter's `lora_dropout` 0.05", "`neftune_noise_alpha` 5"]),
+        (
+            "gpt2",
+            {"resid_pdrop": 0.2},
+            None,
+            None,
+            ["`resid_dropout` 0.2 (config: `resid_pdrop`)", "`dropout` 0.2 (config:"],
+        ),
+        ("gpt2", {"embd_pdrop": 0.3, "summary_first_dropout": 0.3}, None, None, ["`drop` 0.3 (config: `embd_pdrop`)"]),
+    ],
+)
+def test_active_dropout_is_warned_of_by_its_source(
+    make_args, tokenizer, caplog, kind, of_model, of_adapter, neftune, expected
+):
+    config = copy.deepcopy(TINY_CONFIGS[kind])
+    config.update(of_model)
+    PerCETrainer(
+        AutoModelForCausalLM.from_config(config),
+        make_args(neftune_noise_alpha=neftune),
+        train_dataset=to_dataset(make_rows(seed=1, count=2)),
+        processing_class=tokenizer,
+        peft_config=None if of_adapter is None else LoraConfig(target_modules="all-linear", lora_dropout=of_adapter),
+    )
+    warned = [line for line in caplog.text.splitlines() if line.startswith("  - ")]
+    assert len(warned) == len(expected) and all(text in line for text, line in zip(expected, warned, strict=True))
+
+
+def test_dropout_is_no_matter_of_the_other_weightings(make_args, tokenizer, caplog):
+    PerCETrainer(
+        make_tiny_model("llama"),
+        make_args(token_weighting="loss", neftune_noise_alpha=5),
+        train_dataset=to_dataset(make_rows(seed=1, count=2)),
+        processing_class=tokenizer,
+    )
+    assert "noisy" not in caplog.text

@@ -5,6 +5,8 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from .utils.noise import keep_noise_off
+
 
 if TYPE_CHECKING:
     from .config import PerCEConfig, PerContrastConfig
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 
 __version__ = "0.1.0"
+
+keep_noise_off()  # before PEFT is imported, which imports bitsandbytes
 
 __all__ = [
     "DataCollatorForPerCE",

@@ -8,7 +8,13 @@ from datetime import timedelta
 
 import torch
 from accelerate import PartialState
+from transformers.utils import is_torch_xla_available
 from trl import SFTConfig
+
+
+def has_accelerator() -> bool:
+    """Whether this machine has something to train on besides its CPU."""
+    return torch.accelerator.is_available() or is_torch_xla_available()
 
 
 @dataclass
@@ -19,6 +25,9 @@ class PerCEConfig(SFTConfig):
     [`PerCEConfig`] inherits every parameter of [`~trl.SFTConfig`] with its default and adds those of the PerCE loss
     ([Rethinking Personalization in Large Language Models at the Token
     Level](https://huggingface.co/papers/2603.06595)).
+
+    On a machine without an accelerator `use_cpu` becomes `True`. On a CPU `bf16` is `False` unless it is given: the model
+    computes in the dtype that it is loaded in. On an accelerator it is TRL's default.
 
     Parameters:
         > Parameters that control the token weights
@@ -188,6 +197,10 @@ class PerCEConfig(SFTConfig):
         # TRL's default stands under the name that Transformers 5.23 warns of, for everybody
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing
+        # TRL's default, `bf16=True`, is an error without `use_cpu`, and emulated by most CPUs
+        self.use_cpu: bool = self.use_cpu or not has_accelerator()
+        if self.use_cpu and self.bf16 is None:
+            self.bf16: bool | None = False
         super().__post_init__()
 
     def __getstate__(self):
@@ -244,7 +257,7 @@ class PerContrastConfig(PerCEConfig):
             raise ValueError(f"`personal_threshold` is {self.personal_threshold}. Write a finite number of nats.")
         if self.score_batch_tokens < 1:
             raise ValueError(f"`score_batch_tokens` is {self.score_batch_tokens}. Write a positive number of tokens.")
-        self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()  # `bf16` asks for it to be said
+        self.use_cpu: bool = self.use_cpu or not has_accelerator()
         # `TrainingArguments` would set up the devices anew, which takes them from a trainer that is there already
         PartialState(cpu=self.use_cpu, timeout=timedelta(seconds=self.ddp_timeout))
         self.accelerator_config, self.deepspeed, self.fsdp = {"use_configured_state": True}, None, None

@@ -10,7 +10,7 @@ from accelerate.logging import get_logger
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
-from .config import PerCEConfig, copy_config
+from .config import PerCEConfig, copy_config, has_accelerator
 from .hub.upload import make_repo
 from .hub.upload_mixin import UploadMixin
 from .persona.dataset import (
@@ -29,6 +29,7 @@ from .training.checks import (
     keep_4bit_weights_trainable_on_cpu,
     load_tokenizer,
     make_trainable_in_fp16,
+    warn_of_noise,
 )
 from .training.collator import DataCollatorForPerCE
 from .training.estep import EStep
@@ -91,7 +92,7 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             As in [`~trl.SFTTrainer`]. Both passes run through it as it is: adapters on, base weights quantized or not.
-            Dropout draws a mask of its own in each pass, which adds noise to PIR: set `lora_dropout=0`.
+            Dropout draws a mask of its own in each pass, which adds noise to PIR, and is warned of: set `lora_dropout=0`.
         args ([`PerCEConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         data_collator ([`~transformers.DataCollator`], *optional*):
@@ -197,10 +198,14 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
                 )
         if args.fp16:
             make_trainable_in_fp16(self.model)
+        if not has_accelerator():
+            dtype = "bfloat16" if self.accelerator.mixed_precision == "bf16" else str(self.model.dtype).split(".")[-1]
+            logger.warning(f"No accelerator: training on the CPU in {dtype}.")
         check_4bit_weights_trainable(self.model)
         keep_4bit_weights_trainable_on_cpu(self.model)
 
         if args.token_weighting == "perce":
+            warn_of_noise(self.model, args)
             if data_collator is None:  # the collator that TRL built, with both passes
                 self.data_collator: Any = DataCollatorForPerCE(
                     **dataclasses.asdict(self.data_collator), counterfactual=args.counterfactual

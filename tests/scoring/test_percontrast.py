@@ -362,7 +362,7 @@ def test_bad_configuration(tiny_model, scorer):
 
 def test_defaults_work_without_a_gpu(tiny_model):
     scorer = PerContrast(tiny_model)
-    assert scorer.args.use_cpu and scorer.args.bf16 and len(scorer.score(CONVERSATION).pir) > 5
+    assert scorer.args.use_cpu and not scorer.args.bf16 and len(scorer.score(CONVERSATION).pir) > 5
 
 
 # ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -6,7 +6,9 @@
     trl-perce train --config recipes/SmolLM2-135M-Instruct/persona_qa/config_lora.yaml --learning_rate 1e-4
 """
 
+import argparse
 import sys
+from typing import Any
 
 from .common import (
     begin_worker,
@@ -16,6 +18,7 @@ from .common import (
     end_processes,
     explain_stops,
     fail,
+    is_main_process,
     is_worker,
     launch,
     load_data,
@@ -27,6 +30,13 @@ from .common import (
 
 
 HELP = "Fine-tune a model with PerCE, LossCE, EntCE or plain CE"
+# With `use_peft`, for what is not given: the value, and why it is not TRL's
+LORA_DEFAULTS = {
+    "lora_dropout": (0.0, "dropout would make PIR noisy"),
+    "lora_target_modules": ("all-linear", "all linear layers but the head"),
+    "learning_rate": (1e-4, "LoRA takes more than full fine-tuning"),
+    "dtype": ("bfloat16", "the frozen weights need half the memory"),
+}
 
 
 def make_parser():
@@ -37,7 +47,15 @@ def make_parser():
 
     from .parser import GroupedParser
 
-    return GroupedParser(
+    class TrainParser(GroupedParser):
+        """Fills in what is not given, which depends on the rest, before the dataclasses see it."""
+
+        def parse_known_args(self, args=None, namespace=None):
+            parsed, rest = super().parse_known_args(args, namespace)
+            self.filled_in = _fill_in(parsed, defaults)
+            return parsed, rest
+
+    parser = TrainParser(
         (ScriptArguments, PerCEConfig, ModelConfig, DatasetMixtureConfig),
         {
             PerCEConfig: "PerCE",
@@ -52,6 +70,33 @@ def make_parser():
         "`accelerate launch` (--num_processes …) and --accelerate_config (a file, or the name of one of TRL's) choose the "
         "processes.",
     )
+    defaults = {name: parser.get_default(name) for name in LORA_DEFAULTS}
+    for action in parser._actions:
+        if action.dest in LORA_DEFAULTS:
+            value, _ = LORA_DEFAULTS[action.dest]
+            default = value if action.dest.startswith("lora_") else f"{action.default}, with use_peft {value}"
+            action.help = f"{action.help} (default: {default})"
+            action.default = argparse.SUPPRESS  # what is not given is not in the namespace
+    return parser
+
+
+def _fill_in(parsed, defaults: dict[str, Any]) -> list[str]:
+    """Give a namespace the values that are not in it; those of LoRA are told in lines, for the user."""
+    from trl_perce.config import has_accelerator
+
+    lora = dict(LORA_DEFAULTS) if parsed.use_peft else {}
+    if parsed.lora_target_parameters:
+        lora.pop("lora_target_modules", None)
+    if parsed.use_cpu or parsed.fp16 or parsed.bf16 is False or not has_accelerator():
+        lora.pop("dtype", None)
+    lines = []
+    for name, default in defaults.items():
+        if not hasattr(parsed, name):
+            value, why = lora.get(name, (default, None))
+            setattr(parsed, name, value)
+            if why:
+                lines.append(f"{name}: {value} (not given; {why})")
+    return lines
 
 
 def run(argv: list[str]) -> int:
@@ -75,6 +120,8 @@ def run(argv: list[str]) -> int:
             check_whole(training_args.resume_from_checkpoint)
     except (ValueError, TypeError, OSError) as error:
         fail("trl-perce train", error, 2)
+    for line in parser.filled_in if is_main_process() else ():
+        print(line, file=sys.stderr)
 
     if is_worker() or starts_one_process(launch_args, training_args.use_cpu):
         return _main_exit_code(script_args, training_args, model_args, dataset_args)

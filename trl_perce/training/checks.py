@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from peft import PeftModel, PromptLearningConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
 from trl.trainer.utils import get_config_model_id
 
 from ..config import PerCEConfig
 from .collator import DataCollatorForPerCE
+
+
+logger = get_logger(__name__)
 
 
 def check_arguments(args: PerCEConfig, data_collator, kwargs: dict[str, Any]) -> None:
@@ -129,6 +134,43 @@ def chat_template(args: PerCEConfig) -> str | None:
     if Path(path).is_file():
         return Path(path).read_text(encoding="utf-8")
     return AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code).chat_template
+
+
+def warn_of_noise(model, args: PerCEConfig) -> None:
+    """
+    Warn of what draws at random in a forward pass of training, naming each source. PIR is the difference of two passes, and two draws
+    differ.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): As `SFTTrainer` has set it up.
+        args ([`PerCEConfig`]): Configuration of the trainer, for `neftune_noise_alpha`.
+    """
+    sources: dict[tuple[str, float], str] = {}  # name and probability → whose it is
+    for path, module in model.named_modules():
+        found = {name: value for name, value in vars(module).items() if "drop" in name}  # of a functional dropout
+        if isinstance(module, torch.nn.Dropout):
+            name = "lora_dropout" if "lora_dropout" in path else path.split(".")[-1]
+            found = {name: module.p}
+        is_adapter = "lora_dropout" in found or isinstance(module, BaseTunerLayer)
+        for name, value in found.items():
+            for p in value.values() if isinstance(value, dict) else [value]:  # PEFT has one for each adapter
+                if isinstance(p, int | float) and p is not True and p > 0:
+                    sources.setdefault((name, p), "adapter" if is_adapter else "model")
+    config = model.config.get_text_config().to_dict()
+    lines = []
+    for (name, p), owner in sources.items():
+        keys = [key for key, value in config.items() if "drop" in key and value == p]
+        # Some keep it under another name than the configuration, where more than one may have this value
+        keys = [f"`{key}`" for key in keys if not key.startswith(("classifier_", "summary_"))]
+        of_config = f" (config: {', '.join(keys)})" if owner == "model" and keys and f"`{name}`" not in keys else ""
+        lines.append(f"the {owner}'s `{name}` {p:g}{of_config}")
+    if args.neftune_noise_alpha:
+        lines.append(f"`neftune_noise_alpha` {args.neftune_noise_alpha:g}")
+    if lines:
+        logger.warning(
+            "Each of the two passes draws its own dropout or noise, which makes PIR\nnoisy. Set to 0:\n  - "
+            + "\n  - ".join(lines)
+        )
 
 
 def keep_4bit_weights_trainable_on_cpu(model) -> None:
