@@ -97,11 +97,11 @@ def check_dataset(dataset, name: str) -> None:
         dataset (`Any`): What was passed; `None` is left to TRL.
         name (`str`): Name of the argument.
     """
-    remedies = {
+    remedies: dict[tuple[type, ...], str] = {
         (list, tuple): "Write `Dataset.from_list(rows)`",
         (str, Path): "Load it first: `load_dataset('json', data_files=path, split='train')`",
         (DatasetDict, IterableDatasetDict): "Give one of its splits, such as `dataset['train']`",
-        dict: "Write `Dataset.from_dict(columns)`, or `Dataset.from_list([row])` of one row",
+        (dict,): "Write `Dataset.from_dict(columns)`, or `Dataset.from_list([row])` of one row",
     }
     remedy = next((remedy for kinds, remedy in remedies.items() if isinstance(dataset, kinds)), None)
     if remedy is None and type(dataset).__name__ == "DataFrame":
