@@ -169,6 +169,7 @@ class PerCEConfig(SFTConfig):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}. Write one of {', '.join(map(repr, choices))}.")
+        _read_numbers(self, "weight_clip_min", "weight_clip_max", "counterfactual_refresh_epochs")
         for name in ("weight_clip_min", "weight_clip_max"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
@@ -253,6 +254,7 @@ class PerContrastConfig(PerCEConfig):
     )
 
     def __post_init__(self):
+        _read_numbers(self, "personal_threshold", "score_batch_tokens")
         if not math.isfinite(self.personal_threshold):
             raise ValueError(f"`personal_threshold` is {self.personal_threshold}. Write a finite number of nats.")
         if self.score_batch_tokens < 1:
@@ -262,6 +264,22 @@ class PerContrastConfig(PerCEConfig):
         PartialState(cpu=self.use_cpu, timeout=timedelta(seconds=self.ddp_timeout))
         self.accelerator_config, self.deepspeed, self.fsdp = {"use_configured_state": True}, None, None
         super().__post_init__()
+
+
+def _read_numbers(args, *names: str) -> None:
+    """Make numbers of fields that hold them as text, as YAML reads `"5"` and `5e0`. Raises a `ValueError` where there is none."""
+    for name in names:
+        value, kind = getattr(args, name), type(type(args).__dataclass_fields__[name].default)
+        try:
+            number = kind(value)
+        except (TypeError, ValueError, OverflowError):
+            number = None
+        is_changed = not isinstance(value, str) and number != value and value == value  # 2.5 of an integer; not NaN
+        if number is None or isinstance(value, bool) or is_changed:
+            raise ValueError(
+                f"`{name}` is {value!r}. Write a number, such as {args.__dataclass_fields__[name].default}."
+            )
+        setattr(args, name, number)
 
 
 def copy_config(args: PerCEConfig, cls: type[PerCEConfig] | None = None, **changes) -> PerCEConfig:

@@ -25,6 +25,9 @@ from .training.checks import (
     chat_template,
     check_4bit_weights_trainable,
     check_arguments,
+    check_dataset,
+    check_model,
+    check_trackers,
     is_prepared_by_trl,
     keep_4bit_weights_trainable_on_cpu,
     load_tokenizer,
@@ -156,6 +159,12 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
         if not isinstance(args, PerCEConfig):
             raise TypeError(f"`args` must be a `PerCEConfig`, got a `{type(args).__name__}`.")
         check_arguments(args, data_collator, kwargs)
+        check_model(model, kwargs)
+        check_dataset(train_dataset, "train_dataset")
+        evaluated = eval_dataset if type(eval_dataset) is dict else {"eval_dataset": eval_dataset}
+        for name, dataset in evaluated.items():
+            check_dataset(dataset, name)
+        check_trackers(args.report_to)
         if args.push_to_hub and args.process_index == 0:
             make_repo(args)
 

@@ -361,7 +361,7 @@ def test_bad_rows_stop_it_before_the_model_loads(evaluate, data, capsys, monkeyp
         file.write(json.dumps({**make_row(0), "completion": []}) + "\n")
     with pytest.raises(SystemExit) as stopped:
         evaluate()
-    assert stopped.value.code == 2 and "row 6: 'completion' has 0 messages" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "row 6: the response in 'completion' is empty" in capsys.readouterr().err
 
 
 # ── a real model ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -2,6 +2,7 @@
 
 """What the commands share: the data that is loaded, and arguments that are checked before it."""
 
+import dataclasses
 import difflib
 import os
 import signal
@@ -26,6 +27,29 @@ MODEL_SETTINGS = [
     *("model_revision", "dtype", "attn_implementation", "load_in_4bit", "load_in_8bit"),
     *("bnb_4bit_quant_type", "use_bnb_nested_quant"),
 ]
+# What other tools and earlier versions call it → our key, or what to write
+_ALIASES = {
+    **{"torch_dtype": "dtype", "revision": "model_revision"},
+    **dict.fromkeys(
+        ("base_model", "model", "model_name", "model_id", "model_path", "model_name_or_id"), "model_name_or_path"
+    ),
+    **dict.fromkeys(("dataset", "dataset_path", "data_path", "train_file", "data", "data_files"), "dataset_name"),
+    **dict.fromkeys(("sequence_len", "max_seq_length", "max_seq_len", "cutoff_len", "model_max_length"), "max_length"),
+    **dict.fromkeys(("micro_batch_size", "train_batch_size", "batch_size"), "per_device_train_batch_size"),
+    "eval_batch_size": "per_device_eval_batch_size",
+    **dict.fromkeys(("num_epochs", "epochs", "n_epochs"), "num_train_epochs"),
+    "lr": "learning_rate",
+    **dict.fromkeys(("grad_accum", "grad_accumulation_steps"), "gradient_accumulation_steps"),
+    "optimizer": "optim",
+    **dict.fromkeys(("lr_scheduler", "scheduler"), "lr_scheduler_type"),
+    **{"warmup": "warmup_steps", "evaluation_strategy": "eval_strategy"},
+    **{"val_set_size": "test_split_size", "sample_packing": "packing"},
+    **{"lora_rank": "lora_r", "lora_target": "lora_target_modules", "target_modules": "lora_target_modules"},
+    **{"out_dir": "output_dir", "wandb_project": "env: {WANDB_PROJECT: …}"},
+    **{"chat_template": "chat_template_path", "flash_attention": "attn_implementation: flash_attention_2"},
+    **{"adapter": "use_peft: true", "finetuning_type": "use_peft: true", "train_on_inputs": "completion_only_loss"},
+    **{"quantization_bit": "load_in_4bit: true", "use_qlora": "load_in_4bit: true"},
+}
 # What Accelerate's configurations may do to a model, as its environment variables call it
 _SHARDING = ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"]
 # Seconds within which a launcher ends the other processes of one that has failed
@@ -303,19 +327,52 @@ def load_data(script_args, dataset_args):
     Raises:
         `ValueError`: A data file cannot be read; the message names the line if it is one of JSON lines.
     """
-    from datasets import DatasetDict, load_dataset, load_from_disk
-    from datasets.exceptions import DatasetGenerationError
     from trl import get_dataset
 
     if dataset_args.datasets:
         if script_args.dataset_name:
             print("Both `datasets` and `dataset_name` are given: `dataset_name` is ignored.", file=sys.stderr)
-        return get_dataset(dataset_args)
+        # TRL would split without a seed, in each process in another way
+        splits = get_dataset(dataclasses.replace(dataset_args, test_split_size=None))
+    else:
+        splits = _load_splits(script_args)
+    if dataset_args.test_split_size is not None:
+        return _split_off(splits, dataset_args.test_split_size, script_args)
+    return splits
+
+
+def _split_off(splits, size: float, script_args):
+    """Take a share of the training split for evaluation, the same in each process and run."""
+    from datasets import Dataset, DatasetDict
+
+    train, test = script_args.dataset_train_split, script_args.dataset_test_split
+    if test in splits:
+        raise ValueError(
+            f"`test_split_size` is given, and the dataset has a split {test!r}. Leave out the one or the other."
+        )
+    if not isinstance(splits.get(train), Dataset) or not 0 < size < 1:
+        raise ValueError(
+            f"`test_split_size` is {size}. It takes a share between 0 and 1 of the split {train!r}, of a dataset that is not streamed."
+        )
+    parts = splits[train].train_test_split(test_size=size, seed=0)
+    if is_main_process():
+        print(
+            f"Split off: {len(parts['test'])} of {len(splits[train])} rows are {test!r} (`test_split_size`).",
+            file=sys.stderr,
+        )
+    return DatasetDict({**splits, train: parts["train"], test: parts["test"]})
+
+
+def _load_splits(script_args):
+    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError
+
     name, streaming = find_shipped(script_args.dataset_name), script_args.dataset_streaming
     path = Path(name).expanduser()
     if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
         dataset = load_from_disk(path)
         return dataset if isinstance(dataset, DatasetDict) else DatasetDict(train=dataset)
+    _check_encoding(path)
     try:
         if path.is_file():
             kwargs = {"delimiter": "\t"} if ".tsv" in path.suffixes else {}
@@ -323,6 +380,14 @@ def load_data(script_args, dataset_args):
         return load_dataset(str(path) if path.is_dir() else name, name=script_args.dataset_config, streaming=streaming)
     except (DatasetGenerationError, ValueError) as error:  # `ValueError`: of a line that is cut, with `datasets` 4.7
         raise ValueError(f"`dataset_name`: {_why_unreadable(path, error)}") from error
+
+
+def _check_encoding(path: Path) -> None:
+    from trl_perce.persona.rows import find_bad_encoding
+
+    for file in [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else ():
+        if file.suffix in (".json", ".jsonl", ".csv", ".tsv", ".txt") and (found := find_bad_encoding(file)):
+            raise ValueError(f"`dataset_name`: {file} cannot be read. {found}")
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
@@ -407,6 +472,34 @@ def check_config_keys(parser, argv: list[str]) -> None:
     config = read_yaml(argv[argv.index("--config") + 1])
     if isinstance(config, dict):  # else the parser says so
         check_known(parser, config.keys() - {"env"})
+        _check_mixture(config.get("datasets"))
+
+
+def _check_mixture(datasets: Any) -> None:
+    """Raise on a `datasets` of another form than TRL's, such as Axolotl's."""
+    from trl.scripts.utils import DatasetConfig
+
+    if datasets is None:
+        return
+    if not isinstance(datasets, list) or not all(isinstance(dataset, dict) for dataset in datasets):
+        raise ValueError(
+            f"`datasets` is {datasets!r}. Write `dataset_name: …` for one dataset, and for several a list whose lines begin with "
+            "`- path: …`."
+        )
+    known = DatasetConfig.__dataclass_fields__
+    for index, dataset in enumerate(datasets):
+        if unknown := [key for key in dataset if key not in known]:
+            raise ValueError(
+                f"`datasets`, entry {index}: unknown key `{unknown[0]}`. There are {', '.join(known)}. The columns say what a row is: "
+                "'prompt' and 'completion', 'messages' or 'text'."
+            )
+        path = str(dataset.get("path"))
+        if "path" not in dataset or Path(path).expanduser().is_file():
+            kind = _builder(Path(path)) or "json"
+            raise ValueError(
+                f"`datasets`, entry {index}: write a file as `path: {kind}` and `data_files: {path if 'path' in dataset else '…'}`, "
+                "with `split: train`; else `path` is a folder or a name on the Hub."
+            )
 
 
 def check_rest(parser, rest: list[str], launch: bool = True) -> None:
@@ -421,8 +514,11 @@ def check_known(parser, names: set[str], launch: bool = True) -> None:
     parsers = (parser, launch_command_parser()) if launch else (parser,)
     known = {option.lstrip("-") for p in parsers for option in p._option_string_actions}
     for name in sorted(names - known - ({"accelerate_config"} if launch else set())):
+        alias = _ALIASES.get(name.replace("-", "_"))
         nearest = difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean `{nearest[0]}`?" if nearest else f"See `{parser.prog} --help`."
+        if alias is not None and alias.split(":")[0] in {*known, "env"}:
+            hint = f"It is called `{alias}` here."
         raise ValueError(f"unknown key or argument `{name}`. {hint}")
 
 

@@ -35,6 +35,15 @@ class GroupedParser(TrlParser):
                 break
         return title
 
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        # YAML reads `no` and `yes` as truth values
+        for name, value in config.items():
+            if name.endswith("_strategy") and isinstance(value, bool):
+                if value:
+                    raise ValueError(f"`{name}` is {value}. Write 'epoch', 'steps' or 'no'.")
+                config[name] = "no"
+        return super().set_defaults_with_config(**config)
+
     def add_argument(self, *names, **kwargs):
         title = self._title_of.get(kwargs.get("dest") or names[0].lstrip("-"))
         if title is None:

@@ -10,6 +10,7 @@ import argparse
 import sys
 from typing import Any
 
+from ..utils.files import is_disk_error
 from .common import (
     begin_worker,
     check_script_args,
@@ -140,35 +141,25 @@ def main(script_args, training_args, model_args, dataset_args):
 
     Returns:
         [`PerCETrainer`]: The trainer, done and saved.
+
+    Raises:
+        `SystemExit`: With 2: arguments, data or model do not fit, which is said.
     """
     from huggingface_hub.constants import ENDPOINT
-    from trl import get_peft_config, get_quantization_config
 
-    from trl_perce import PerCETrainer
-    from trl_perce.training.checkpoints import last_whole_checkpoint
+    from trl_perce.hub.upload import UploadError
+    from trl_perce.training.checkpoints import CheckpointError, last_whole_checkpoint
 
     if not sys.stderr.isatty():
         disable_progress_bars()
         training_args.disable_tqdm = True
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
-    evaluates = training_args.eval_strategy != "no"
-    dataset = load_data(script_args, dataset_args)
-    splits = [script_args.dataset_train_split] + ([script_args.dataset_test_split] if evaluates else [])
-    for split in splits:
-        if split not in dataset:
-            raise ValueError(
-                f"The dataset has no split {split!r}; it has {', '.join(map(repr, dataset))}. Set `dataset_train_split` "
-                "and `dataset_test_split`, or `eval_strategy: 'no'`."
-            )
-
-    trainer = PerCETrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=dataset[script_args.dataset_train_split],
-        eval_dataset=dataset[script_args.dataset_test_split] if evaluates else None,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    try:
+        trainer = _make_trainer(script_args, training_args, model_args, dataset_args)
+    except (ValueError, OSError, ImportError) as error:  # what the user wrote: a traceback would only hide the message
+        if is_disk_error(error) or isinstance(error, (CheckpointError, UploadError)):
+            raise
+        fail("trl-perce train", error, 2)
 
     checkpoint = training_args.resume_from_checkpoint
     if _goes_on_by_itself(training_args):
@@ -193,6 +184,32 @@ def main(script_args, training_args, model_args, dataset_args):
         trainer.accelerator.print(f"🤗 Model pushed to the Hub in {ENDPOINT}/{trainer.hub_model_id}.")
     end(trainer)
     return trainer
+
+
+def _make_trainer(script_args, training_args, model_args, dataset_args):
+    """The trainer on its data."""
+    from trl import get_peft_config, get_quantization_config
+
+    from trl_perce import PerCETrainer
+
+    evaluates = training_args.eval_strategy != "no"
+    dataset = load_data(script_args, dataset_args)
+    splits = [script_args.dataset_train_split] + ([script_args.dataset_test_split] if evaluates else [])
+    for split in splits:
+        if split not in dataset:
+            raise ValueError(
+                f"The dataset has no split {split!r}; it has {', '.join(map(repr, dataset))}. Set `dataset_train_split` "
+                "and `dataset_test_split`, or `eval_strategy: 'no'`."
+            )
+
+    return PerCETrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=dataset[script_args.dataset_train_split],
+        eval_dataset=dataset[script_args.dataset_test_split] if evaluates else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
 
 
 def end(trainer) -> None:

@@ -41,17 +41,28 @@ def print_result(result: dict[str, Any], console) -> None:
         result (`dict[str, Any]`): From [`~evaluate.evaluate`].
         console ([`~rich.console.Console`]): Where to.
     """
+    head, lines = _cells(result)
+    shown = [*range(4), len(head) - 1]  # a baseline's columns come by themselves: all do not fit side by side
+    _print_table([[line[index] for index in shown] for line in (head, *lines)], console)
+    compared = [[line[0], *line[4:-1]] for line in lines if any(line[4:-1])]
+    if compared:
+        console.print()
+        _print_table([[*line, ""] for line in ([head[0], *head[4:-1]], *compared)], console)
+    for text in _remarks(result):
+        console.print(text, markup=False)
+
+
+def _print_table(lines: list[list[str]], console) -> None:
+    """Lines of which the first is the head. The last column, of words, is broken where it does not fit."""
     from rich.table import Table
 
-    head, lines = _cells(result)
     shown = Table(box=None, pad_edge=False)
-    for index, name in enumerate(head):
-        shown.add_column(name, justify="right" if 0 < index < len(head) - 1 else "left", no_wrap=index < len(head) - 1)
-    for line in lines:
+    last = len(lines[0]) - 1
+    for index, name in enumerate(lines[0]):
+        shown.add_column(name, justify="right" if 0 < index < last else "left", no_wrap=index < last)
+    for line in lines[1:]:
         shown.add_row(*line)
     console.print(shown)
-    for text in _remarks(result):
-        console.print(text, markup=False, soft_wrap=True)
 
 
 def write_report(result: dict[str, Any], predictions: list[dict[str, Any]], path: str | Path) -> None:

@@ -21,8 +21,9 @@ from trl.trainer.utils import global_then_local_main_first
 
 from .. import __version__
 from ..config import copy_config
-from .marks import PersonaError, Span, describe, mark_persona, render
+from .marks import PersonaError, Span, describe, find_near_markers, mark_persona, prompt_texts, render
 from .masks import TokenBytes, byte_mask, token_mask, trim_persona
+from .rows import suggest_columns
 
 
 logger = get_logger(__name__)
@@ -111,21 +112,41 @@ def count_personas(dataset, name: str, args, required: bool) -> int:
             dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True)
         )
         rows = len(dataset)
-    found = sum(map(has_persona, examples))
+    flags = [has_persona(example) for example in examples]
+    found = sum(flags)
+    others = islice(dataset, rows) if streaming else dataset.select(np.flatnonzero(~np.array(flags, dtype=bool)))
     if args.token_weighting == "perce" and found == 0:
         message = f"{name} dataset: no row {f'of the first {rows} ' if streaming else ''}has a persona."
         if required:
             raise PersonaError(
-                f"{message} Write {args.persona_start_marker}…{args.persona_end_marker} around the persona in the prompt, "
-                "or add a column 'persona' and write {persona} where it belongs. To train plain CE, set "
-                "`token_weighting='uniform'`."
+                f"{message}{_near_markers(others, args)}{suggest_columns(_first_row(dataset, name))} Write "
+                f"{args.persona_start_marker}…{args.persona_end_marker} around the persona in the prompt, or add a column "
+                "'persona' and write {persona} where it belongs. To train plain CE, set `token_weighting='uniform'`."
             )
         logger.warning(f"{message} Its loss is plain CE.")
     elif args.token_weighting == "perce" and found < rows and not streaming:
         logger.warning(
             f"{name} dataset: {rows - found} of {rows} rows have no persona and count as plain CE (weight 1)."
+            f"{_near_markers(others, args)}"
         )
     return found
+
+
+def _near_markers(rows: Iterable[dict[str, Any]], args) -> str:
+    """How many rows, of those without a persona, hold what may be meant for a marker, in words; empty if none does."""
+    count, first = 0, None
+    for example in rows:
+        if "input_ids" in example:
+            continue
+        found = [
+            near
+            for text in prompt_texts(example, args.dataset_text_field)
+            for near in find_near_markers(text, args.persona_start_marker)
+        ]
+        count, first = count + bool(found), first or next(iter(found), None)
+    if not count:
+        return ""
+    return f" {count} of them: with {first!r} or the like, which is no marker and is read as text."
 
 
 def has_persona(example: dict[str, Any]) -> bool:
@@ -151,6 +172,11 @@ def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, chat
     for index, example in enumerate(islice(dataset, _SAMPLE)):
         spans = _spans(example)
         if spans:
+            if (chat_template or tokenizer.chat_template) and not is_conversational(example):
+                logger.warning_once(
+                    f"{name} dataset: the texts are not messages, so the chat template is not applied. For a chat model, write "
+                    '[{"role": "user", "content": …}].'
+                )
             with _naming_row(name, index):
                 render(example, spans, tokenizer, chat_template, text_field)
             return

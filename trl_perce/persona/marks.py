@@ -4,6 +4,7 @@
 
 import copy
 import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,8 +13,13 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational, maybe_convert_to_chatml
 
+from .rows import suggest_columns
+
 
 PLACEHOLDER = "{persona}"
+
+# What pandas and `str` make of a value that is missing
+_MISSING = {"nan", "none", "null", "<na>", "nat"}
 
 # Stands in for a span's border while a chat template renders the row. Unicode keeps U+FDD0 free for internal use: it is
 # no character, no template treats it as white space, and valid text does not hold it.
@@ -127,12 +133,15 @@ def mark_persona(
     """
     example = maybe_convert_to_chatml(example)
     persona = example.get("persona")
+    if isinstance(persona, float) and math.isnan(persona):  # pandas' way to say that there is none
+        persona = None
     if persona is not None and not isinstance(persona, str):
         raise PersonaError(
             f"column 'persona' holds a {type(persona).__name__}. Write one string (join a list of sentences)."
         )
 
     spans, has_markers, has_placeholder = [], False, False
+    near: str | None = None
     for holder, key, where, is_response in _texts(example, text_field):
         text = holder[key]
         marked = split_at_markers(text, start_marker, end_marker)
@@ -147,6 +156,8 @@ def mark_persona(
             continue
         has_markers |= in_markers
         has_placeholder |= in_column
+        pair = _find_near_pair(text, start_marker)
+        near = near or (f"{where[0]!r} holds {pair!r}" if pair else None)
         if in_column and "persona" not in example:
             raise PersonaError(
                 f"{where[0]!r} holds {PLACEHOLDER!r} and there is no column 'persona'. Add the column, or write "
@@ -156,10 +167,16 @@ def mark_persona(
         position = 0
         for index, piece in enumerate(pieces):
             if index % 2 and piece.strip():
+                _check_not_missing(piece)
                 spans.append(Span(*where, position, position + len(piece)))
             position += len(piece)
         holder[key] = "".join(pieces)
 
+    if near and not (has_markers or has_placeholder):
+        raise PersonaError(
+            f"{near}, which looks like a persona in markers and is none. Write {start_marker}…{end_marker}, letter by letter. If the "
+            "text is meant as it is, choose other markers (`persona_start_marker`, `persona_end_marker`)."
+        )
     if has_markers and (persona or has_placeholder):
         raise PersonaError(
             f"the persona is given both ways, in markers and as column 'persona' with {PLACEHOLDER!r}. Keep one of them."
@@ -169,7 +186,82 @@ def mark_persona(
             f"there is a column 'persona' and no {PLACEHOLDER!r} in the prompt. Write {PLACEHOLDER!r} where the persona "
             "belongs, or remove or rename the column."
         )
+    _check_response(example)
     return example, spans
+
+
+def find_near_markers(text: str, start_marker: str) -> list[str]:
+    """
+    What somebody may have written for a marker that is not one: `<Persona>`, `[persona]`, `&lt;persona&gt;`, `< persona >`.
+
+    Args:
+        text (`str`): Any text.
+        start_marker (`str`): Text that opens a persona. Its letters are looked for, whatever is around them.
+
+    Returns:
+        `list[str]`: All that are in the text, in order.
+    """
+    return [match[0] for match in _near_matches(text, start_marker)]
+
+
+def _near_matches(text: str, start_marker: str) -> list[re.Match]:
+    word = re.sub(r"^[\W_]+|[\W_]+$", "", start_marker)
+    # Before the search of each text, which a marker without letters, or a text without these, does not need
+    if not word or word.casefold() not in text.casefold():
+        return []
+    pattern = rf"(?:&lt;|[<\[{{＜])\s*[/\\]?\s*{re.escape(word)}\s*[/\\]?\s*(?:&gt;|[>\]}}＞])"
+    exact = {start_marker, start_marker.replace("<", "</", 1), PLACEHOLDER}
+    return [match for match in re.finditer(pattern, text, re.IGNORECASE) if match[0] not in exact]
+
+
+def _find_near_pair(text: str, start_marker: str) -> str | None:
+    """The first two near-markers with a text between them, and that text. One by itself may be meant."""
+    matches = _near_matches(text, start_marker)
+    for first, second in zip(matches, matches[1:], strict=False):
+        if text[first.end() : second.start()].strip():
+            pair = text[first.start() : second.end()]
+            return pair if len(pair) <= 60 else f"{pair[:40]}…{second[0]}"
+    return None
+
+
+def _check_not_missing(persona: str) -> None:
+    if persona.strip().casefold() in _MISSING:
+        raise PersonaError(
+            f"the persona is {persona.strip()!r}, as a missing value becomes when it is written as text. Leave the persona empty "
+            "where there is none (in pandas: `df['persona'].fillna('')`)."
+        )
+
+
+def _check_response(example: dict[str, Any]) -> None:
+    """A completion says something, and so does each turn of the assistant; a message has content or calls a tool."""
+    for column in ("prompt", "completion", "messages"):
+        for index, message in enumerate(example[column] if isinstance(example.get(column), list) else ()):
+            if message.get("content") is None and not message.get("tool_calls"):
+                raise PersonaError(
+                    f"message {index} of {column!r} ({message.get('role')!r}) has no 'content'. Write its text, or remove the row."
+                )
+    if "prompt" in example:
+        column, turns = "completion", [example["completion"]]
+    else:
+        column = "messages"
+        turns = [[message] for message in example.get(column) or () if message["role"] == "assistant"]
+    for turn in turns:
+        if not _says_something(turn):
+            raise PersonaError(
+                f"the response in {column!r} is empty: the model would learn to say nothing. Remove the row, or write what it shall "
+                "answer."
+            )
+
+
+def _says_something(turn: str | list[dict[str, Any]]) -> bool:
+    if isinstance(turn, str):
+        return bool(turn.strip())
+    return any(
+        bool(message["content"].strip())
+        if isinstance(message.get("content"), str)
+        else any(part.get("type") != "text" or (part.get("text") or "").strip() for part in message["content"] or ())
+        for message in turn
+    ) or any(message.get(key) for message in turn for key in ("tool_calls", "reasoning_content", "thinking"))
 
 
 def _columns(example: dict[str, Any], text_field: str) -> tuple[str, ...]:
@@ -187,7 +279,7 @@ def _texts(
         if example.get(column) is None:
             raise PersonaError(
                 f"column {column!r} is missing or empty. A row has 'messages', 'prompt' and 'completion', {text_field!r}, "
-                "or 'input_ids'."
+                f"or 'input_ids'; this one has {', '.join(map(repr, example))}.{suggest_columns(example)}"
             )
         if isinstance(example[column], str):
             yield example, column, (column, None, None), column == "completion"
@@ -200,6 +292,11 @@ def _texts(
             for part_index, part in enumerate(content if isinstance(content, list) else ()):
                 if isinstance(part.get("text"), str):
                     yield part, "text", (column, index, part_index), is_response
+
+
+def prompt_texts(example: dict[str, Any], text_field: str) -> list[str]:
+    """The texts of a row that are not of its response."""
+    return [holder[key] for holder, key, _, is_response in _texts(example, text_field) if not is_response]
 
 
 def render(

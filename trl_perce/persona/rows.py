@@ -40,6 +40,35 @@ def find_bad_row(rows: Iterable[Any]) -> str | None:
     return None
 
 
+def find_bad_encoding(path: str | Path) -> str | None:
+    """
+    Where a text file is not UTF-8. Arrow does not look at that when it reads JSON: the row would fail when it is used.
+
+    Args:
+        path (`str` or `Path`): The file.
+
+    Returns:
+        `str` or `None`: "It is not UTF-8: …", with the first bad byte and how to convert the file; `None` if it is UTF-8.
+    """
+    position = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            bad = line.find(b"\0")  # ASCII in UTF-16 is valid UTF-8
+            encoding = "WINDOWS-1252" if bad < 0 else "UTF-16"
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                bad = error.start
+            if bad >= 0:
+                return (
+                    f"It is not UTF-8: byte {line[bad]:#04x} at position {position + bad}, in line {number}. Save it as UTF-8, or "
+                    f"convert it (from {encoding}, as it seems): `iconv -f {encoding} -t UTF-8 {Path(path).name} > "
+                    f"utf8{Path(path).suffix}`."
+                )
+            position += len(line)
+    return None
+
+
 def find_bad_line(path: str | Path) -> str | None:
     """
     As [`find_bad_row`], of a file of JSON lines, or of one JSON list of rows.
@@ -68,6 +97,43 @@ def find_bad_line(path: str | Path) -> str | None:
         return None
     index, _, what = found.removeprefix("Row ").partition(":")
     return f"Line {int(index) + 1}:{what}"
+
+
+# Columns of other formats, the likelier ones first
+_PROMPTS = ("instruction", "question", "query", "input", "user", "problem", "prompt")
+_RESPONSES = ("output", "answer", "response", "target", "solution", "chosen", "assistant", "completion")
+# A column of a history → the kind of `examples/make_rows.py` that reads such files
+_HISTORIES = {"history": "rows", "reviews": "reviews", "posts": "posts", "user_2_persona": "chats", "profile": "lamp"}
+
+
+def suggest_columns(columns: Iterable[str]) -> str:
+    """
+    What to do with a row of another format.
+
+    Args:
+        columns (`Iterable[str]`): The names of its columns.
+
+    Returns:
+        `str`: " Rename …", with a space in front; empty if nothing is known of them.
+    """
+    columns = [*columns]
+    if "messages" in columns or {"prompt", "completion"} <= {*columns}:
+        return ""
+    kind = next((kind for column, kind in _HISTORIES.items() if column in columns), None)
+    if kind is not None:
+        return (
+            f" This looks like a file of users' histories: `python examples/make_rows.py {kind} FOLDER data/mine` makes rows of "
+            "the files in FOLDER."
+        )
+    prompt = next((name for name in _PROMPTS if name in columns), None)
+    response = next((name for name in _RESPONSES if name in columns), None)
+    if prompt is None or response is None:
+        return ""
+    renamed = [
+        f"{name!r} to {ours!r}" for name, ours in ((prompt, "prompt"), (response, "completion")) if name != ours
+    ]
+    also = ", with 'input' behind it" if prompt == "instruction" and "input" in columns else ""
+    return f" Rename {' and '.join(renamed)}{also}."
 
 
 def _broken_text(value: Any) -> str | None:

@@ -125,10 +125,11 @@ class PerContrast:
 
         Raises:
             `PersonaError`: A row's persona is unclear (the message names the row), or all are the same and `counterfactual="swap"`.
+            `TypeError`: They are no rows, such as a name of a file.
             `ValueError`: There is no row, or it holds images.
             `FloatingPointError`: With `on_nonfinite="stop"`: a log-probability is NaN or infinite. The message names the row.
         """
-        if isinstance(rows, dict):
+        if type(rows) is dict:  # a `DatasetDict` is one, too
             return [*self.iterate(self.prepare([rows]))][0]
         scores = _in_order(self.iterate(self.prepare(rows)))
         return scores if isinstance(rows, IterableDataset) else [*scores]
@@ -137,6 +138,11 @@ class PerContrast:
         """Prepare many rows as the trainer does, for [`~PerContrast.iterate`]. Takes and raises what [`~PerContrast.score`] does."""
         if isinstance(rows, (Dataset, IterableDataset)):
             return self._preparation(rows, "scored")
+        if not isinstance(rows, Iterable) or isinstance(rows, (str, dict)):
+            raise TypeError(
+                f"`rows` is a {type(rows).__name__}. Give a row such as {{'prompt': …, 'completion': …}}, a list of them, or a "
+                "dataset (of a file: `load_dataset('json', data_files=path, split='train')`)."
+            )
         with _without_bars():
             return self._preparation(_to_dataset(rows), "scored")
 
@@ -340,6 +346,8 @@ def _find_other_personas(rows: list[dict[str, Any]], earlier: list[list[list[int
 
 def _to_dataset(rows: Iterable[dict[str, Any]]) -> Dataset:
     rows = [*rows]
+    if not all(isinstance(row, dict) for row in rows):
+        raise PersonaError(find_bad_row(rows))
     # `Dataset.from_list` takes the columns of the first row alone
     columns = dict.fromkeys(column for row in rows for column in row)
     try:

@@ -2,6 +2,7 @@
 
 """What must hold before a model loads, and the parts of a run that are looked up for it."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from datasets import DatasetDict, IterableDatasetDict
 from peft import PeftModel, PromptLearningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
+from transformers.integrations import get_reporting_integration_callbacks
 from trl.trainer.utils import get_config_model_id
 
 from ..config import PerCEConfig
@@ -64,6 +67,66 @@ def check_arguments(args: PerCEConfig, data_collator, kwargs: dict[str, Any]) ->
             f"`data_collator` is a `{type(data_collator).__name__}`, which does not build the counterfactual pass. Pass a "
             "`DataCollatorForPerCE` or none."
         )
+
+
+def check_model(model, kwargs: dict[str, Any]) -> None:
+    """
+    Raise a `ValueError` on a name of a model that cannot be trained as it is.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]): As the trainer gets it. A model that is loaded is left to TRL.
+        kwargs (`dict[str, Any]`): Further arguments of the trainer, such as `quantization_config`.
+    """
+    if not isinstance(model, str):
+        return
+    folder = Path(model).expanduser()
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise ValueError(
+            f"{model!r} is an adapter, of the model {base!r}. Write the model (`model_name_or_path`) to train a new adapter on it; "
+            "`resume_from_checkpoint` goes on with a run. To train this adapter further, pass the trainer "
+            "`PeftModel.from_pretrained(base_model, folder, is_trainable=True)`."
+        )
+    if kwargs.get("quantization_config") is not None and kwargs.get("peft_config") is None:
+        raise ValueError(
+            "A model in 4 or 8 bit is trained through an adapter alone. Set `use_peft` (`peft_config`), or leave out "
+            "`load_in_4bit` and `load_in_8bit` (`quantization_config`)."
+        )
+
+
+def check_dataset(dataset, name: str) -> None:
+    """
+    Raise a `TypeError` on what is no dataset, and say how to make one of it.
+
+    Args:
+        dataset (`Any`): What was passed; `None` is left to TRL.
+        name (`str`): Name of the argument.
+    """
+    remedies: dict[tuple[type, ...], str] = {
+        (list, tuple): "Write `Dataset.from_list(rows)`",
+        (str, Path): "Load it first: `load_dataset('json', data_files=path, split='train')`",
+        (DatasetDict, IterableDatasetDict): "Give one of its splits, such as `dataset['train']`",
+        (dict,): "Write `Dataset.from_dict(columns)`, or `Dataset.from_list([row])` of one row",
+    }
+    remedy = next((remedy for kinds, remedy in remedies.items() if isinstance(dataset, kinds)), None)
+    if remedy is None and type(dataset).__name__ == "DataFrame":
+        remedy = "Write `Dataset.from_pandas(frame, preserve_index=False)`"
+    if remedy is not None:
+        raise TypeError(f"`{name}` is a {type(dataset).__name__}, and a `datasets.Dataset` is needed. {remedy}.")
+
+
+def check_trackers(report_to: list[str]) -> None:
+    """
+    Raise a `ValueError` on a tracker that is unknown or not installed. `Trainer` makes them when the model is loaded.
+
+    Args:
+        report_to (`list[str]`): Names, as in `TrainingArguments`.
+    """
+    try:
+        for callback in get_reporting_integration_callbacks(report_to):
+            callback()
+    except (RuntimeError, ImportError, ValueError) as error:
+        raise ValueError(f"`report_to` is {', '.join(report_to)}: {error} Or write `report_to: none`.") from error
 
 
 def _check_packing(args: PerCEConfig) -> None:
