@@ -74,6 +74,16 @@ class PerCEConfig(SFTConfig):
             Whether a row longer than `max_length` loses persona tokens, from the end of the persona. If `False`, TRL's
             truncation applies, which cuts the end of the row, and so the response, first.
 
+        > Parameters that control which tokens are trained
+
+        assistant_only_loss (`bool`, *optional*):
+            Which tokens of a conversation are trained. If `None`, it goes by the kind of rows: of `messages` the assistant's
+            turns, of `prompt` and `completion` the completion, of plain text all tokens. That is so with every
+            `token_weighting`, `"uniform"` too, so that CE and PerCE train the same tokens. [`~trl.SFTConfig`] has `False`,
+            which trains `messages` whole, system, persona and user included; a warning counts those tokens. The assistant's
+            turns are told by the chat template's `{% generation %}` marks or those of TRL's training template; of `messages` in
+            a template without either, by rendering the conversation up to each turn.
+
         > Parameters that control what happens when numbers break
 
         on_nonfinite (`str`, *optional*, defaults to `"stop"`):
@@ -143,6 +153,14 @@ class PerCEConfig(SFTConfig):
         metadata={
             "help": "Whether a row longer than `max_length` loses persona tokens, from the end of the persona. If "
             "False, TRL's truncation applies, which cuts the response first."
+        },
+    )
+    assistant_only_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Which tokens of a conversation are trained. By default those of the assistant's turns for rows with "
+            "'messages', and the completion for rows with 'prompt' and 'completion'. False: every token of 'messages', as "
+            "TRL does by default."
         },
     )
     on_nonfinite: str = field(
