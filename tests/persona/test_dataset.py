@@ -388,6 +388,8 @@ _HEAD, _TURN = (
 _REPLY, _NEXT = "<|im_start|>assistant\n", "<|im_start|>user\nI love linen. And then?<|im_end|>\n"
 _MARKED = [f"{_HEAD}{_REPLY}", f"A needle.{_TURN}", f"\n{_NEXT}{_REPLY}", f" Three metres of linen, 🧵{_TURN}", "\n"]
 _WHOLE = [f"{_HEAD}{_REPLY}", f"A needle.{_TURN}\n", f"{_NEXT}{_REPLY}", f" Three metres of linen, 🧵{_TURN}\n"]
+# TRL's marks for Qwen2.5 begin at the line break of the header
+_QWEN = [_WHOLE[0][:-1], "\n" + _WHOLE[1], _WHOLE[2][:-1], "\n" + _WHOLE[3]]
 
 
 def by_hand(pieces, tokenizer):
@@ -406,7 +408,7 @@ def by_hand(pieces, tokenizer):
     "template, asked, pieces",
     [
         (GENERATION, None, _MARKED),
-        (qwen2_5_chat_template, None, _MARKED),
+        (qwen2_5_chat_template, None, _QWEN),
         (CHATML, None, _WHOLE),
         (CHATML, True, _WHOLE),
         (CHATML, False, [""] + ["".join(_WHOLE)]),
@@ -422,7 +424,7 @@ def test_the_assistants_turns_are_trained(make_args, tokenizer, weighting, templ
     trainer = PerCETrainer(make_tiny_model("llama"), args, train_dataset=rows, processing_class=tokenizer)
     assert trainer.args.assistant_only_loss is asked  # as it was given
     scored = Preparation(tokenizer, args)(rows, "scored").dataset
-    fresh = trainer._prepare_dataset(rows, tokenizer, args, False, None, "fresh") if not trainer._marked_ahead else []
+    fresh = trainer._prepare_dataset(rows, tokenizer, args, False, None, "fresh")
     assert len(trainer.train_dataset) == len(scored) == len(fresh) == 2
     for row in [*trainer.train_dataset, *scored, *fresh]:
         assert row["input_ids"] == ids and row["labels"] == labels
