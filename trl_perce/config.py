@@ -16,8 +16,8 @@ class PerCEConfig(SFTConfig):
     r"""
     Configuration class for the [`PerCETrainer`].
 
-    [`PerCEConfig`] inherits every parameter of [`~trl.SFTConfig`] with its default and adds those of the PerCE loss
-    ([Rethinking Personalization in Large Language Models at the Token
+    [`PerCEConfig`] inherits every parameter of [`~trl.SFTConfig`] with its default, but for `assistant_only_loss`, and adds
+    those of the PerCE loss ([Rethinking Personalization in Large Language Models at the Token
     Level](https://huggingface.co/papers/2603.06595)).
 
     Parameters:
@@ -160,7 +160,9 @@ class PerCEConfig(SFTConfig):
         metadata={
             "help": "Which tokens of a conversation are trained. By default those of the assistant's turns for rows with "
             "'messages', and the completion for rows with 'prompt' and 'completion'. False: every token of 'messages', as "
-            "TRL does by default."
+            "TRL does by default.",
+            "nargs": "?",  # alone it is true, as in TRL
+            "const": True,
         },
     )
     on_nonfinite: str = field(

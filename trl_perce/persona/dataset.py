@@ -158,8 +158,9 @@ def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, turn
         spans = _spans(example)
         if spans or (by_prefix and index == 0):
             with _naming_row(name, index):
-                text, _ = render(example, spans, tokenizer, turns.chat_template, text_field)
+                render(example, spans, tokenizer, turns.chat_template, text_field)
                 if by_prefix:
+                    text, _ = render(example, [], tokenizer, turns.chat_template, text_field)
                     assistant_spans(example, text, tokenizer, turns.chat_template)
         if spans:
             return
