@@ -462,6 +462,9 @@ def test_rows_that_are_too_long_keep_the_assistants_turns(make_args, tokenizer):
     (row,) = Preparation(tokenizer, make_args(max_length=len(ids) - 8))(Dataset.from_list([TALK]), "a").dataset
     assert len(row["input_ids"]) == len(ids) - 8
     assert [label for label in row["labels"] if label != -100] == [label for label in labels if label != -100]
+    args = make_args(max_length=len(ids) - 8, truncate_persona=False)  # TRL cuts the end
+    (row,) = Preparation(tokenizer, args)(Dataset.from_list([TALK]), "a").dataset
+    assert (row["input_ids"], row["labels"]) == (ids[:-8], labels[:-8])
 
 
 def test_other_kinds_of_rows_in_evaluation(prepare, tokenizer):
@@ -530,7 +533,11 @@ def test_tokens_that_cannot_be_counted_are_said(make_args, tokenizer, caplog):
     tokenizer.chat_template = THINKING
     args = make_args(assistant_only_loss=False, max_length=None)
     Preparation(tokenizer, args)(Dataset.from_list([TALK]), "a")
-    assert "in 1 rows (1 of them not counted" in caplog.text
+    assert "in 1 row (1 of them not counted" in caplog.text
+    tokenizer.chat_template = CHATML
+    Preparation(tokenizer, args)(IterableDataset.from_generator(lambda: iter([TALK] * 3)), "a")
+    others = by_hand(_WHOLE, tokenizer)[1].count(-100)
+    assert f"trains {3 * others} tokens that are not the assistant's, in the first 3 rows." in caplog.text
 
 
 def test_text_has_no_turns(make_args, tokenizer):

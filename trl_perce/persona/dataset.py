@@ -306,7 +306,7 @@ def _warn_of_others(dataset, name: str) -> None:
     unknown = int((counts < 0).sum())
     logger.warning(
         f"{name} dataset: `assistant_only_loss=False` trains {int(counts[counts > 0].sum())} tokens that are not the "
-        f"assistant's, in {'the first ' if streaming else ''}{len(counts)} rows"
+        f"assistant's, in {'the first ' if streaming else ''}{len(counts)} {'row' if len(counts) == 1 else 'rows'}"
         f"{f' ({unknown} of them not counted: the chat template does not tell the turns)' if unknown else ''}. Leave it out to "
         "train the assistant's turns alone."
     )
