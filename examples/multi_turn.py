@@ -5,8 +5,7 @@ Conversations of several turns: every reply of the assistant is trained, and the
 
     python examples/multi_turn.py Qwen/Qwen3-0.6B
 
-`assistant_only_loss` labels the replies; TRL patches the chat templates of known models for it. In the counterfactual the persona is out of
-the context of *all* replies.
+In the counterfactual the persona is out of the context of *all* replies.
 """
 
 # PEFT comes last: `trl_perce` keeps a message of bitsandbytes, which PEFT imports, off the screen
@@ -28,7 +27,7 @@ conversation = {
         {"role": "assistant", "content": "Three metres of light linen, in a colour that you do not have yet."},
     ],
 }
-args = PerCEConfig("outputs/multi-turn", assistant_only_loss=True, learning_rate=1e-4, max_steps=2, logging_steps=1)
+args = PerCEConfig("outputs/multi-turn", learning_rate=1e-4, max_steps=2, logging_steps=1)
 trainer = PerCETrainer(
     model=sys.argv[1],
     args=args,
@@ -37,6 +36,6 @@ trainer = PerCETrainer(
 )
 trainer.train()
 
-scores = PerContrast(trainer.model, trainer.processing_class, assistant_only_loss=True).score(conversation)
+scores = PerContrast(trainer.model, trainer.processing_class).score(conversation)
 for word in scores.words:
     print(f"{word.pir:+.2f}  {word.text}")

@@ -30,8 +30,10 @@ def test_every_new_field_has_help_and_the_defaults_are_the_papers():
 
 def test_inherited_defaults_are_not_touched():
     ours = {field.name: field.default for field in dataclasses.fields(PerCEConfig)}
+    assert ours.pop("assistant_only_loss") is None  # by the kind of rows, as its documentation says
     for field in dataclasses.fields(SFTConfig):
-        assert ours[field.name] == field.default or field.default is dataclasses.MISSING
+        if field.name in ours:
+            assert ours[field.name] == field.default or field.default is dataclasses.MISSING
 
 
 @pytest.mark.parametrize(

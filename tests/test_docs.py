@@ -3,7 +3,6 @@ Every command and snippet of the documentation is run, as it stands but for the 
 options added that make it short. Links lead somewhere.
 """
 
-import copy
 import json
 import re
 import shlex
@@ -16,7 +15,7 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
-from conftest import GENERATION, ROOT, make_tiny_model
+from conftest import ROOT, make_tiny_model
 from reference import BF16
 from rows import write_lines, write_splits
 from servers import needs_openai
@@ -163,11 +162,8 @@ def test_both_sides_of_the_diff_train_on_the_same_tokens(workspace, tiny_model):
 
 
 @pytest.mark.parametrize("name", ["multi_turn.py", "streaming.py"])
-def test_scripts(workspace, tiny_model, tokenizer, monkeypatch, capsys, name):
+def test_scripts(workspace, tiny_model, monkeypatch, capsys, name):
     model = shutil.copytree(tiny_model, "model")
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = GENERATION  # as TRL patches known templates: replies are marked
-    tokenizer.save_pretrained(model)
     code = (ROOT / "examples" / name).read_text()
     monkeypatch.setattr(sys, "argv", [name, str(model), "data/product_review/train.jsonl"])
     exec(compile(code, name, "exec"), {"__name__": "__main__"})

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import Trainer
 from transformers.generation.continuous_batching import cb_logits_processors, input_outputs
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
-from trl import SFTTrainer
+from trl import SFTTrainer, chat_template_utils
 from trl.trainer import sft_trainer, utils
 
 
@@ -251,6 +251,25 @@ def test_rows_are_prepared_without_a_trainer():
         "self._tokenizer.eos_token = args.eos_token",
     ):
         assert seam in text, hint(f"how the trainer chooses what rows are prepared with: {seam}")
+
+
+def test_whose_turn_it_is():
+    # persona/turns.py chooses, trainer.py gives each dataset its template and `assistant_only_loss`
+    text = source(SFTTrainer)
+    rest = text.replace(source(SFTTrainer.__init__), "").replace(source(SFTTrainer._prepare_dataset), "")
+    for name in ("self.chat_template", "self.completion_only_loss", "assistant_only_loss"):
+        assert name not in rest, hint(f"{name} is read elsewhere than in __init__ and _prepare_dataset")
+    text = source(SFTTrainer._prepare_dataset)
+    for seam in (
+        '"assistant_only_loss": args.assistant_only_loss',
+        '"chat_template": self.chat_template',
+        "return_assistant_tokens_mask=assistant_only_loss",
+        'if "assistant_masks" in column_names:',
+    ):
+        assert seam in text, hint(f"how the assistant's tokens are labelled: {seam}")
+    text = source(chat_template_utils.get_training_chat_template)
+    assert text.rstrip().endswith(")") and "raise ValueError(" in text[-400:], hint("templates that TRL does not know")
+    assert list(inspect.signature(chat_template_utils.has_generation_markers).parameters) == ["chat_template"]
 
 
 def test_the_fused_head_is_put_on_and_taken_off():

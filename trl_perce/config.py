@@ -22,8 +22,8 @@ class PerCEConfig(SFTConfig):
     r"""
     Configuration class for the [`PerCETrainer`].
 
-    [`PerCEConfig`] inherits every parameter of [`~trl.SFTConfig`] with its default and adds those of the PerCE loss
-    ([Rethinking Personalization in Large Language Models at the Token
+    [`PerCEConfig`] inherits every parameter of [`~trl.SFTConfig`] with its default, but for `assistant_only_loss`, and adds
+    those of the PerCE loss ([Rethinking Personalization in Large Language Models at the Token
     Level](https://huggingface.co/papers/2603.06595)).
 
     On a machine without an accelerator `use_cpu` becomes `True`. On a CPU `bf16` is `False` unless it is given: the model
@@ -82,6 +82,16 @@ class PerCEConfig(SFTConfig):
         truncate_persona (`bool`, *optional*, defaults to `True`):
             Whether a row longer than `max_length` loses persona tokens, from the end of the persona. If `False`, TRL's
             truncation applies, which cuts the end of the row, and so the response, first.
+
+        > Parameters that control which tokens are trained
+
+        assistant_only_loss (`bool`, *optional*):
+            Which tokens of a conversation are trained. If `None`, it goes by the kind of rows: of `messages` the assistant's
+            turns, of `prompt` and `completion` the completion, of plain text all tokens. That is so with every
+            `token_weighting`, `"uniform"` too, so that CE and PerCE train the same tokens. [`~trl.SFTConfig`] has `False`,
+            which trains `messages` whole, system, persona and user included; a warning counts those tokens. The assistant's
+            turns are told by the chat template's `{% generation %}` marks or those of TRL's training template; of `messages` in
+            a template without either, by rendering the conversation up to each turn.
 
         > Parameters that control what happens when numbers break
 
@@ -152,6 +162,16 @@ class PerCEConfig(SFTConfig):
         metadata={
             "help": "Whether a row longer than `max_length` loses persona tokens, from the end of the persona. If "
             "False, TRL's truncation applies, which cuts the response first."
+        },
+    )
+    assistant_only_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Which tokens of a conversation are trained. By default those of the assistant's turns for rows with "
+            "'messages', and the completion for rows with 'prompt' and 'completion'. False: every token of 'messages', as "
+            "TRL does by default.",
+            "nargs": "?",  # alone it is true, as in TRL
+            "const": True,
         },
     )
     on_nonfinite: str = field(

@@ -2,6 +2,7 @@
 
 """The trainer: E-step, weights and M-step of the PerCE loss on TRL's SFT trainer."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -20,6 +21,7 @@ from .persona.dataset import (
     pack_dataset_with_mask,
     tokenize_with_mask,
 )
+from .persona.turns import choose_turns, is_messages
 from .training.checkpoint_mixin import CheckpointMixin
 from .training.checks import (
     chat_template,
@@ -168,6 +170,7 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
         if args.push_to_hub and args.process_index == 0:
             make_repo(args)
 
+        self._assistant_only_loss = by_marks = args.assistant_only_loss
         # Before the model loads: find the personas, and try the chat template on one of them.
         if is_prepared_by_trl(train_dataset, args):
             formatting_func = kwargs.get("formatting_func")
@@ -179,10 +182,16 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
                 }
             elif eval_dataset is not None:
                 eval_dataset, _ = _mark_and_count(eval_dataset, "eval", args, formatting_func)
-            if found:
-                processing_class = load_tokenizer(model, args, processing_class)
+            first = next(iter(train_dataset))
+            if found or (is_messages(first) and args.assistant_only_loss is not False):
+                tokenizer = processing_class = load_tokenizer(model, args, processing_class)
                 template = chat_template(args)
-                check_rendering(train_dataset, "train", processing_class, template, args.dataset_text_field)
+                if template is not None:
+                    tokenizer = copy.deepcopy(processing_class)
+                    tokenizer.chat_template = template
+                turns = choose_turns(first, tokenizer, args.assistant_only_loss)
+                check_rendering(train_dataset, "train", tokenizer, turns, args.dataset_text_field)
+                by_marks = turns.by == "marks"
 
         if args.token_weighting == "perce":
             # Dispatching would cut a batch by rows, of which the counterfactual pass has fewer than the factual one
@@ -190,9 +199,13 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
                 logger.warning("`dispatch_batches` is set to `False`, since PerCE's two passes differ in their rows.")
             args.accelerator_config.dispatch_batches = False
         self._marked_ahead = True  # what `SFTTrainer.__init__` prepares is marked, what `evaluate` prepares is not
-        super().__init__(
-            model, args, data_collator, train_dataset, eval_dataset, processing_class, *positional, **kwargs
-        )
+        args.assistant_only_loss = bool(by_marks)  # TRL checks the template's marks where it goes by them
+        try:
+            super().__init__(
+                model, args, data_collator, train_dataset, eval_dataset, processing_class, *positional, **kwargs
+            )
+        finally:
+            args.assistant_only_loss = self._assistant_only_loss
         self._marked_ahead = False
         if self.is_deepspeed_enabled and args.on_nonfinite == "skip":
             raise ValueError(
@@ -227,6 +240,12 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if not self._marked_ahead:
             dataset, _ = _mark_and_count(dataset, dataset_name, args, formatting_func)
+        # TRL asks the training set alone, and the kinds of rows may differ
+        first = next(iter(dataset))
+        turns = choose_turns(first, processing_class, self._assistant_only_loss)
+        self.chat_template = turns.chat_template
+        if args.completion_only_loss is None and "prompt" in first:
+            self.completion_only_loss = "completion" in first
         # TRL truncates behind us, when the persona has been trimmed
         dataset, is_final = tokenize_with_mask(
             super()._prepare_dataset,
@@ -234,7 +253,7 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
             dataset_name,
             processing_class,
             self._tokenizer,
-            self.chat_template,
+            turns,
             args,
         )
         if packing and args.token_weighting != "perce":

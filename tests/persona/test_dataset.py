@@ -9,10 +9,13 @@ import sys
 import pytest
 from datasets import Dataset, IterableDataset
 from tokenizers import normalizers
+from transformers import AutoModelForCausalLM, LlamaConfig
 from trl import SFTConfig, SFTTrainer
+from trl.chat_template_utils import qwen2_5_chat_template
 
-from conftest import GENERATION, ROOT, make_tiny_model
+from conftest import CHATML, GENERATION, ROOT, make_tiny_model
 from trl_perce import PerCETrainer, PersonaError
+from trl_perce.scoring.preparation import Preparation
 
 
 PERSONA = "I sew dresses 🧵"
@@ -72,12 +75,17 @@ TYPES = {
     "messages, all trained": (
         {"messages": [user("<persona>{}</persona> what?"), assistant("A needle.")]},
         {"messages": [user("{} what?"), assistant("A needle.")]},
-        {},
+        {"assistant_only_loss": False},
     ),
     "sharegpt": (
         {"conversations": [{"from": "user", "value": "<persona>{}</persona> x"}, {"from": "assistant", "value": "y"}]},
         {"conversations": [{"from": "user", "value": "{} x"}, {"from": "assistant", "value": "y"}]},
-        {},
+        {"assistant_only_loss": False},
+    ),
+    "sharegpt's roles, assistant only": (
+        {"conversations": [{"from": "human", "value": "<persona>{}</persona> x"}, {"from": "gpt", "value": "y"}]},
+        {"messages": [user("{} x"), assistant("y")]},
+        {"assistant_only_loss": True},
     ),
     "text": ({"text": "Me: <persona>{}</persona> what? A needle."}, {"text": "Me: {} what? A needle."}, {}),
     "text field": (
@@ -358,3 +366,182 @@ def test_batches_are_not_dispatched(prepare, caplog):
     trainer = prepare(PerCETrainer, rows, accelerator_config={"dispatch_batches": True})
     assert trainer.accelerator.dataloader_config.dispatch_batches is False
     assert "`dispatch_batches` is set to `False`" in caplog.text
+
+
+# ── whose turn it is ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+# Two replies, the persona in the system message and in the second of the user's
+TALK = {
+    "messages": [
+        {"role": "system", "content": f"The user: <persona>{PERSONA}</persona>"},
+        user("What to buy?"),
+        assistant("A needle."),
+        user("<persona>I love linen.</persona> And then?"),
+        assistant(" Three metres of linen, 🧵"),
+    ]
+}
+# The same text by hand. What is trained stands at the odd places: by marks, and by where the next turn begins.
+_HEAD, _TURN = (
+    "<|im_start|>system\nThe user: I sew dresses 🧵<|im_end|>\n<|im_start|>user\nWhat to buy?<|im_end|>\n",
+    "<|im_end|>",
+)
+_REPLY, _NEXT = "<|im_start|>assistant\n", "<|im_start|>user\nI love linen. And then?<|im_end|>\n"
+_MARKED = [f"{_HEAD}{_REPLY}", f"A needle.{_TURN}", f"\n{_NEXT}{_REPLY}", f" Three metres of linen, 🧵{_TURN}", "\n"]
+_WHOLE = [f"{_HEAD}{_REPLY}", f"A needle.{_TURN}\n", f"{_NEXT}{_REPLY}", f" Three metres of linen, 🧵{_TURN}\n"]
+# TRL's marks for Qwen2.5 begin at the line break of the header
+_QWEN = [_WHOLE[0][:-1], "\n" + _WHOLE[1], _WHOLE[2][:-1], "\n" + _WHOLE[3]]
+
+
+def by_hand(pieces, tokenizer):
+    """Tokens of a text and their labels: -100 for what lies in the pieces at even places."""
+    encoded = tokenizer("".join(pieces), add_special_tokens=False, return_offsets_mapping=True)
+    owners = [index for index, piece in enumerate(pieces) for _ in piece]
+    labels = [
+        token if owners[start] % 2 else -100
+        for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
+    return encoded["input_ids"], labels
+
+
+@pytest.mark.parametrize("weighting", ["perce", "uniform"])
+@pytest.mark.parametrize(
+    "template, asked, pieces",
+    [
+        (GENERATION, None, _MARKED),
+        (qwen2_5_chat_template, None, _QWEN),
+        (CHATML, None, _WHOLE),
+        (CHATML, True, _WHOLE),
+        (CHATML, False, [""] + ["".join(_WHOLE)]),
+    ],
+    ids=["marks", "known to TRL", "neither", "neither, asked for", "all"],
+)
+def test_the_assistants_turns_are_trained(make_args, tokenizer, weighting, template, asked, pieces, caplog):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    ids, labels = by_hand(pieces, tokenizer)
+    args = make_args(token_weighting=weighting, assistant_only_loss=asked, max_length=None)
+    rows = Dataset.from_list([TALK, TALK])
+    trainer = PerCETrainer(make_tiny_model("llama"), args, train_dataset=rows, processing_class=tokenizer)
+    assert trainer.args.assistant_only_loss is asked  # as it was given
+    scored = Preparation(tokenizer, args)(rows, "scored").dataset
+    fresh = trainer._prepare_dataset(rows, tokenizer, args, False, None, "fresh")
+    assert len(trainer.train_dataset) == len(scored) == len(fresh) == 2
+    for row in [*trainer.train_dataset, *scored, *fresh]:
+        assert row["input_ids"] == ids and row["labels"] == labels
+        assert decoded_persona(row, tokenizer).replace(" ", "") == f"{PERSONA}I love linen.".replace(" ", "")
+    _, whole = by_hand(_WHOLE, tokenizer)
+    others = f"trains {2 * whole.count(-100)} tokens that are not the assistant's, in 2 rows."
+    # Once a dataset: of the trainer, the scores, and of the trainer again
+    assert caplog.text.count(others) == (3 if asked is False else 0) == caplog.text.count("not the assistant's")
+
+
+def test_the_turns_of_smollm2(make_args, smollm2_tokenizer):
+    single = {"messages": TALK["messages"][:3]}
+    pair = {"prompt": TALK["messages"][:2], "completion": TALK["messages"][2:3]}
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(smollm2_tokenizer), **sizes))
+    trainer = PerCETrainer(
+        model,
+        make_args(max_length=None),
+        train_dataset=Dataset.from_list([TALK, single]),
+        eval_dataset=Dataset.from_list([pair]),
+        processing_class=smollm2_tokenizer,
+    )
+    talk, alone = trainer.train_dataset
+    assert (talk["input_ids"], talk["labels"]) == by_hand(_WHOLE, smollm2_tokenizer)
+    (same,) = trainer.eval_dataset  # as prompt and completion
+    for column in ("input_ids", "labels", "persona_mask"):
+        assert alone[column] == same[column]
+    assert decoded_persona(talk, smollm2_tokenizer).replace(" ", "") == f"{PERSONA}I love linen.".replace(" ", "")
+    scored = Preparation(smollm2_tokenizer, trainer.args)(IterableDataset.from_generator(lambda: iter([TALK])), "a")
+    assert next(iter(scored.dataset))["labels"] == talk["labels"]
+
+
+def test_rows_that_are_too_long_keep_the_assistants_turns(make_args, tokenizer):
+    ids, labels = by_hand(_WHOLE, tokenizer)
+    (row,) = Preparation(tokenizer, make_args(max_length=len(ids) - 8))(Dataset.from_list([TALK]), "a").dataset
+    assert len(row["input_ids"]) == len(ids) - 8
+    assert [label for label in row["labels"] if label != -100] == [label for label in labels if label != -100]
+    args = make_args(max_length=len(ids) - 8, truncate_persona=False)  # TRL cuts the end
+    (row,) = Preparation(tokenizer, args)(Dataset.from_list([TALK]), "a").dataset
+    assert (row["input_ids"], row["labels"]) == (ids[:-8], labels[:-8])
+
+
+def test_other_kinds_of_rows_in_evaluation(prepare, tokenizer):
+    """Each dataset goes by its own rows: the trainer's are pairs, those of the evaluation conversations."""
+    pair = {"prompt": TALK["messages"][:2], "completion": TALK["messages"][2:3]}
+    trainer = prepare(PerCETrainer, [pair], eval_dataset=Dataset.from_list([TALK]))
+    assert trainer.eval_dataset[0]["labels"] == by_hand(_WHOLE, tokenizer)[1]
+    assert trainer.train_dataset[0]["labels"] == by_hand(_WHOLE[:2], tokenizer)[1]
+
+
+@pytest.mark.parametrize(
+    "human, bot", [("human", "gpt"), ("Human", "bot"), ("prompter", "model"), ("USER", "chatbot")]
+)
+def test_roles_of_other_formats(make_args, tokenizer, human, bot):
+    names = {"system": "system", "user": human, "assistant": bot}
+    turns = [{"from": names[m["role"]], "value": m["content"]} for m in TALK["messages"]]
+    renamed = [{"role": names[m["role"]], "content": m["content"]} for m in TALK["messages"]]
+    for row in (
+        {"conversations": turns},
+        {"messages": renamed},
+        {"prompt": renamed[:4], "completion": renamed[4:]},
+    ):
+        (prepared,) = Preparation(tokenizer, make_args(max_length=None))(Dataset.from_list([row]), "a").dataset
+        ids, labels = by_hand(_WHOLE if "prompt" not in row else ["".join(_WHOLE[:3]), _WHOLE[3]], tokenizer)
+        assert prepared["input_ids"] == ids and prepared["labels"] == labels
+
+
+# Renders the last reply otherwise than those before it, as templates of thinking models do
+THINKING = CHATML.replace(
+    "message['content'] + ", "message['content'] + ('</s>' if loop.last and message['role'] == 'assistant' else '') + "
+)
+
+
+@pytest.mark.parametrize(
+    "row, template, message",
+    [
+        (
+            {"messages": [user("<persona>I sew.</persona>"), {"role": "narrator", "content": "x"}]},
+            CHATML,
+            "'narrator'",
+        ),
+        ({"messages": [user("<persona>I sew.</persona>"), {"role": None, "content": "x"}]}, CHATML, "the role None"),
+        (
+            {"messages": [user("<persona>I sew.</persona>")]},
+            CHATML,
+            "no message of the conversation is the assistant's",
+        ),
+        ({"messages": [assistant("Hi."), *TALK["messages"][1:]]}, CHATML, "begins with the assistant"),
+        (TALK, THINKING, r"turn \(message 2\) cannot be told.*first 3 messages"),
+    ],
+)
+def test_turns_that_cannot_be_told(make_args, tokenizer, row, template, message):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    rows = [{"messages": [user("<persona>x</persona>"), assistant("y")]}, row]
+    with pytest.raises(PersonaError, match=f"a dataset, row 1: .*{message}"):
+        Preparation(tokenizer, make_args())(Dataset.from_list(rows), "a")
+    if template != THINKING:  # which the first row does not show: found before the model loads where it does
+        return
+    with pytest.raises(PersonaError, match="train dataset, row 0"):
+        PerCETrainer("no/such-model", make_args(), train_dataset=Dataset.from_list([row]), processing_class=tokenizer)
+
+
+def test_tokens_that_cannot_be_counted_are_said(make_args, tokenizer, caplog):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = THINKING
+    args = make_args(assistant_only_loss=False, max_length=None)
+    Preparation(tokenizer, args)(Dataset.from_list([TALK]), "a")
+    assert "in 1 row (1 of them not counted" in caplog.text
+    tokenizer.chat_template = CHATML
+    Preparation(tokenizer, args)(IterableDataset.from_generator(lambda: iter([TALK] * 3)), "a")
+    others = by_hand(_WHOLE, tokenizer)[1].count(-100)
+    assert f"trains {3 * others} tokens that are not the assistant's, in the first 3 rows." in caplog.text
+
+
+def test_text_has_no_turns(make_args, tokenizer):
+    args = make_args(assistant_only_loss=True)
+    rows = Dataset.from_list([{"text": "<persona>I sew.</persona> x"}])
+    with pytest.raises(ValueError, match="`assistant_only_loss` is True, and the rows are not conversations"):
+        PerCETrainer("no/such-model", args, train_dataset=rows, processing_class=tokenizer)

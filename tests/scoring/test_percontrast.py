@@ -186,7 +186,20 @@ def test_a_conversation(scorer):
                     {"role": "assistant", "content": "Needles."},
                 ]
             },
-            {"completion_only_loss": False},
+            {},
+            "Linen.<|im_end|>\nNeedles.<|im_end|>\n",
+            "And then?",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "<persona>I sew.</persona>Buy?"},
+                    {"role": "assistant", "content": "Linen."},
+                    {"role": "user", "content": "And then?"},
+                    {"role": "assistant", "content": "Needles."},
+                ]
+            },
+            {"assistant_only_loss": False},
             "user\nI sew.Buy?<|im_end|>\n<|im_start|>assistant\nLinen.<|im_end|>\n<|im_start|>user\nAnd then?"
             "<|im_end|>\n<|im_start|>assistant\nNeedles.<|im_end|>\n",
             "And then?",
@@ -198,7 +211,7 @@ def test_a_conversation(scorer):
             "",
         ),
     ],
-    ids=["prompt-completion", "messages", "text"],
+    ids=["prompt-completion", "messages", "messages, all", "text"],
 )
 def test_other_formats(scorer, tokenizer, row, options, response, query):
     scores = PerContrast(scorer.model, tokenizer, **options, **OPTIONS).score(row)
@@ -214,7 +227,8 @@ def test_tokens_of_the_persona_itself_have_no_pir(scorer):
     assert (scores.weights[inside] == 1).all()
 
 
-def test_assistant_only_loss_scores_what_assistants_say(scorer, tokenizer, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"assistant_only_loss": True}], ids=["by default", "asked for"])
+def test_what_assistants_say_is_scored(scorer, tokenizer, tmp_path, options):
     row = {
         "messages": [
             {"role": "user", "content": "<persona>I sew.</persona>\nWhat to buy?"},
@@ -224,7 +238,7 @@ def test_assistant_only_loss_scores_what_assistants_say(scorer, tokenizer, tmp_p
         ]
     }
     (tmp_path / "template.jinja").write_text(GENERATION)
-    options = {"assistant_only_loss": True, "chat_template_path": str(tmp_path / "template.jinja")}
+    options = {**options, "chat_template_path": str(tmp_path / "template.jinja")}
     scores = PerContrast(scorer.model, tokenizer, **options, **OPTIONS).score(row)
     assert scores.response == "Buy linen.<|im_end|>Needles.<|im_end|>" and scores.query == "And then?"
     assert [word.text for word in scores.words] == ["Buy", "linen", "Needles"]

@@ -24,6 +24,7 @@ from ..config import copy_config
 from .marks import PersonaError, Span, describe, find_near_markers, mark_persona, prompt_texts, render
 from .masks import TokenBytes, byte_mask, token_mask, trim_persona
 from .rows import suggest_columns
+from .turns import Turns, assistant_spans, is_messages
 
 
 logger = get_logger(__name__)
@@ -35,6 +36,8 @@ _TRIMMED_COLUMN = "_persona_trimmed"
 _LEFT_OUT = -1  # does not fit without its persona
 _CUT = -2  # by TRL, since it has no persona to trim
 _UNLABELLED = -3  # fits, but TRL drops it: no token of it is trained
+# Number of tokens, before anything is trimmed, that are not the assistant's; -1 where it cannot be told
+_OTHERS_COLUMN = "_others"
 
 # What is looked at ahead: a streaming dataset cannot be counted, so its first rows stand for it.
 _SAMPLE = 100
@@ -57,7 +60,8 @@ def mark_dataset(dataset, name: str, args, formatting_func=None):
 
     Raises:
         `ValueError`: The dataset is empty.
-        `PersonaError`: A row's persona is unclear; the message names the row.
+        `PersonaError`: A row's persona or a role is unclear, or a conversation has no turn that is trained; the message names
+            the row.
     """
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         raise ValueError(
@@ -78,6 +82,7 @@ def mark_dataset(dataset, name: str, args, formatting_func=None):
             "text_field": args.dataset_text_field,
             "start_marker": args.persona_start_marker,
             "end_marker": args.persona_end_marker,
+            "assistant_only": args.assistant_only_loss is not False,
         },
         # `maybe_convert_to_chatml` renames it
         remove_columns=["conversations"] if "conversations" in columns else None,
@@ -154,31 +159,36 @@ def has_persona(example: dict[str, Any]) -> bool:
     return example.get(SPANS_COLUMN, "[]") != "[]" or any(example.get("persona_mask") or ())
 
 
-def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, chat_template, text_field: str) -> None:
+def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, turns: Turns, text_field: str) -> None:
     """
-    Render the first row with a persona, if it is among the first 100 rows, so that a chat template that loses it is
-    found before the model loads.
+    Render the first row with a persona, if it is among the first 100 rows, so that a chat template that loses it, or in which
+    the assistant's turns cannot be told, is found before the model loads.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): From [`mark_dataset`].
         name (`str`): What to call it in messages.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer with the chat template.
-        chat_template (`str` or `None`): Template to use instead of the tokenizer's.
+        turns ([`~trl_perce.persona.turns.Turns`]): How the trained tokens are told.
         text_field (`str`): Column of a plain language-modeling row.
 
     Raises:
-        `PersonaError`: The chat template loses the persona.
+        `PersonaError`: The chat template loses the persona, or the assistant's turns.
     """
+    by_prefix = turns.by == "prefix"
     for index, example in enumerate(islice(dataset, _SAMPLE)):
         spans = _spans(example)
-        if spans:
-            if (chat_template or tokenizer.chat_template) and not is_conversational(example):
-                logger.warning_once(
-                    f"{name} dataset: the texts are not messages, so the chat template is not applied. For a chat model, write "
-                    '[{"role": "user", "content": …}].'
-                )
+        if spans and (turns.chat_template or tokenizer.chat_template) and not is_conversational(example):
+            logger.warning_once(
+                f"{name} dataset: the texts are not messages, so the chat template is not applied. For a chat model, write "
+                '[{"role": "user", "content": …}].'
+            )
+        if spans or (by_prefix and index == 0):
             with _naming_row(name, index):
-                render(example, spans, tokenizer, chat_template, text_field)
+                render(example, spans, tokenizer, turns.chat_template, text_field)
+                if by_prefix:
+                    text, _ = render(example, [], tokenizer, turns.chat_template, text_field)
+                    assistant_spans(example, text, tokenizer, turns.chat_template)
+        if spans:
             return
 
 
@@ -198,16 +208,17 @@ def describe_rows(dataset, name: str, args):
     return _map(dataset, _describe_row, args, f"Describing {name} dataset", {"text_field": args.dataset_text_field})
 
 
-def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, chat_template: str | None, args):
+def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, turns: Turns, args):
     """
-    Turn the spans of tokenized rows into a `persona_mask`, and trim the persona of rows that are too long.
+    Turn the spans of tokenized rows into a `persona_mask`, and trim the persona of rows that are too long. Where TRL cannot
+    tell the assistant's turns, take the labels off all other tokens.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             From [`mark_dataset`], then tokenized by TRL: with `input_ids` and `labels`, not yet truncated.
         name (`str`): What to call it in messages.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer that TRL used.
-        chat_template (`str` or `None`): The template that TRL used, if not the tokenizer's.
+        turns ([`~trl_perce.persona.turns.Turns`]): How the trained tokens are told, and the template that TRL used.
         args ([`PerCEConfig`]): Gives `max_length`, `truncate_persona` and the text column.
 
     Returns:
@@ -216,7 +227,8 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, cha
             out, counted and logged.
 
     Raises:
-        `PersonaError`: A mask cannot be aligned with TRL's tokens; the message names the row and the reason.
+        `PersonaError`: A mask cannot be aligned with TRL's tokens, or the assistant's turns cannot be told; the message names
+            the row and the reason.
     """
     features = None
     if isinstance(dataset, Dataset):  # small integers: the mask is as long as the tokens
@@ -224,6 +236,8 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, cha
         features.pop(SPANS_COLUMN, None)
         features.setdefault("persona_mask", List(Value("int8")))
         features[_TRIMMED_COLUMN] = Value("int32")
+        if turns.by == "all":
+            features[_OTHERS_COLUMN] = Value("int32")
     dataset = _map(
         dataset,
         _mask_row,
@@ -233,7 +247,8 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, cha
             "name": name,
             "tokenizer": tokenizer,
             "token_bytes": TokenBytes(tokenizer),
-            "chat_template": chat_template,
+            "turns": turns.by,
+            "chat_template": turns.chat_template,
             "text_field": args.dataset_text_field,
             "max_length": args.max_length,
             "truncate_persona": args.truncate_persona,
@@ -242,6 +257,9 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, cha
         remove_columns=[SPANS_COLUMN] if SPANS_COLUMN in get_dataset_column_names(dataset) else None,
         features=features,
     )
+    if turns.by == "all":
+        _warn_of_others(dataset, name)
+        dataset = dataset.remove_columns(_OTHERS_COLUMN)
     report = _TrimReport(name, args.max_length)
     if isinstance(dataset, IterableDataset):
         dataset, is_final = dataset.filter(report.keeps, with_indices=True), False
@@ -259,7 +277,7 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, cha
     return dataset.remove_columns(_TRIMMED_COLUMN), is_final
 
 
-def tokenize_with_mask(prepare, dataset, name: str, processing_class, tokenizer, chat_template: str | None, args):
+def tokenize_with_mask(prepare, dataset, name: str, processing_class, tokenizer, turns: Turns, args):
     """
     Let TRL tokenize a dataset and build its labels, then find the persona's tokens and trim it ([`add_persona_mask`]). What is
     left to truncate is left to TRL.
@@ -270,15 +288,15 @@ def tokenize_with_mask(prepare, dataset, name: str, processing_class, tokenizer,
         name (`str`): What to call it in messages.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]): For TRL.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer in it.
-        chat_template (`str` or `None`): The template that TRL uses, if not the tokenizer's.
+        turns ([`~trl_perce.persona.turns.Turns`]): How the trained tokens are told. `prepare` must use its template.
         args ([`PerCEConfig`]): Configuration of the trainer.
 
     Returns:
         `tuple`: As [`add_persona_mask`].
     """
-    whole = copy_config(args, max_length=None, shuffle_dataset=False)
+    whole = copy_config(args, max_length=None, shuffle_dataset=False, assistant_only_loss=turns.by == "marks")
     dataset = prepare(dataset, processing_class, whole, False, None, name)
-    return add_persona_mask(dataset, name, tokenizer, chat_template, args)
+    return add_persona_mask(dataset, name, tokenizer, turns, args)
 
 
 def pack_dataset_with_mask(dataset, name: str, args):
@@ -302,6 +320,22 @@ def pack_dataset_with_mask(dataset, name: str, args):
         dataset = pack_dataset(dataset, args.max_length, args.packing_strategy, kwargs)
     # Packing goes by length: as TRL, shuffle what comes out too
     return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+
+def _warn_of_others(dataset, name: str) -> None:
+    """Say how many tokens are trained that are not the assistant's; of a streaming dataset those of its first 100 rows."""
+    streaming = isinstance(dataset, IterableDataset)
+    if streaming:
+        counts = np.array([example[_OTHERS_COLUMN] for example in islice(dataset, _SAMPLE)])
+    else:
+        counts = dataset.with_format("numpy")[_OTHERS_COLUMN][:]
+    unknown = int((counts < 0).sum())
+    logger.warning(
+        f"{name} dataset: `assistant_only_loss=False` trains {int(counts[counts > 0].sum())} tokens that are not the "
+        f"assistant's, in {'the first ' if streaming else ''}{len(counts)} {'row' if len(counts) == 1 else 'rows'}"
+        f"{f' ({unknown} of them not counted: the chat template does not tell the turns)' if unknown else ''}. Leave it out to "
+        "train the assistant's turns alone."
+    )
 
 
 class _TrimReport:
@@ -379,7 +413,7 @@ def _spans(example: dict[str, Any]) -> list[Span]:
     return [Span(*span) for span in json.loads(example.get(SPANS_COLUMN, "[]"))]
 
 
-def _mark_row(example, index, version, name, formatting_func, text_field, start_marker, end_marker):
+def _mark_row(example, index, version, name, formatting_func, text_field, start_marker, end_marker, assistant_only):
     for column in {"prompt", "completion", "messages", "conversations"} & {*example}:
         # Marks are taken out in place, and a stream may hand out the same messages again
         example[column] = copy.deepcopy(example[column])
@@ -388,6 +422,12 @@ def _mark_row(example, index, version, name, formatting_func, text_field, start_
             # `SFTTrainer` writes the formatted text to this column
             example["text"] = formatting_func(example)
         example, spans = mark_persona(example, text_field, start_marker, end_marker)
+        if assistant_only and is_messages(example):
+            if not any(message["role"] == "assistant" for message in example["messages"]):
+                raise PersonaError(
+                    "no message of the conversation is the assistant's, so that nothing of it would be trained. Remove the row, "
+                    "or set `assistant_only_loss: false` to train every token."
+                )
     # The row itself: what was not read of it passes on as it is
     example[SPANS_COLUMN] = json.dumps(spans)
     return example
@@ -407,41 +447,67 @@ def _mask_row(
     name,
     tokenizer,
     token_bytes,
+    turns,
     chat_template,
     text_field,
     max_length,
     truncate_persona,
     keep_end,
 ) -> dict[str, Any]:
-    ids = example["input_ids"]
-    spans = _spans(example)
+    ids, labels = example["input_ids"], example["labels"]
+    spans, text = _spans(example), None
     with _naming_row(name, index):
         if spans:
             text, char_spans = render(example, spans, tokenizer, chat_template, text_field)
-            mask = byte_mask([token_bytes[token] for token in ids], text, char_spans)
-            if mask is None:  # the tokenizer adds, changes or leaves out characters: ask it where its tokens are
-                encoded = tokenizer(
-                    text, add_special_tokens=not is_conversational(example), return_offsets_mapping=True
-                )
-                _check_same_tokens(encoded["input_ids"], ids, tokenizer)
-                mask = token_mask(encoded["offset_mapping"], char_spans)
+            mask = _tokens_in(char_spans, text, ids, tokenizer, token_bytes, is_conversational(example))
         else:
             mask = example.get("persona_mask") or [0] * len(ids)
             _check_mask(mask, ids)
+        row: dict[str, Any] = {"persona_mask": mask}
+        if turns in ("prefix", "all"):
+            try:
+                text = text or render(example, [], tokenizer, chat_template, text_field)[0]
+                turn_spans = assistant_spans(example, text, tokenizer, chat_template)
+                own = _tokens_in(turn_spans, text, ids, tokenizer, token_bytes, True)
+                if turns == "prefix":
+                    labels = [label if is_own else -100 for label, is_own in zip(labels, own, strict=True)]
+                    row["labels"] = labels
+                else:
+                    row[_OTHERS_COLUMN] = len(own) - sum(own)
+            except PersonaError:
+                if turns == "prefix":
+                    raise
+                row[_OTHERS_COLUMN] = -1  # they are only counted
 
-    row, trimmed = {"persona_mask": mask}, 0
+    trimmed = 0
     if max_length is not None and len(ids) > max_length:
         if not truncate_persona or not any(mask):
             # TRL truncates `input_ids` and `labels` next, in the same way
-            return {"persona_mask": mask[-max_length:] if keep_end else mask[:max_length], _TRIMMED_COLUMN: _CUT}
+            return {
+                **row,
+                "persona_mask": mask[-max_length:] if keep_end else mask[:max_length],
+                _TRIMMED_COLUMN: _CUT,
+            }
         keep = trim_persona(mask, max_length)
         if len(keep) > max_length:
             return {**row, _TRIMMED_COLUMN: _LEFT_OUT}
-        columns = {"input_ids": ids, "labels": example["labels"], "persona_mask": mask}
-        row = {key: [column[position] for position in keep] for key, column in columns.items()}
+        columns = {"input_ids": ids, "labels": labels, "persona_mask": mask}
+        row |= {key: [column[position] for position in keep] for key, column in columns.items()}
         trimmed = len(ids) - len(keep)
-    is_labelled = any(label != -100 for label in row.get("labels", example["labels"]))
+    is_labelled = any(label != -100 for label in row.get("labels", labels))
     return {**row, _TRIMMED_COLUMN: trimmed if is_labelled else _UNLABELLED}
+
+
+def _tokens_in(
+    char_spans: list[tuple[int, int]], text: str, ids: list[int], tokenizer, token_bytes: TokenBytes, chat: bool
+) -> list[int]:
+    """For each token of a text 1, where it holds a character of a span, or 0."""
+    mask = byte_mask([token_bytes[token] for token in ids], text, char_spans)
+    if mask is None:  # the tokenizer adds, changes or leaves out characters: ask it where its tokens are
+        encoded = tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=True)
+        _check_same_tokens(encoded["input_ids"], ids, tokenizer)
+        mask = token_mask(encoded["offset_mapping"], char_spans)
+    return mask
 
 
 def _check_mask(mask: list[int], ids: list[int]) -> None:

@@ -26,8 +26,18 @@ _MISSING = {"nan", "none", "null", "<na>", "nat"}
 _BORDER = "\ufdd0"
 
 
+# Roles of other formats (ShareGPT's `from`, Gemini's, OASST's) → those that chat templates know
+_ROLES = {
+    **{name: name for name in ("system", "developer", "user", "assistant", "tool", "function", "ipython")},
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "chatbot", "model", "ai"), "assistant"),
+}
+
+
 class PersonaError(ValueError):
-    """The persona cannot be told from a row's text; the message names the row, the reason and what to write instead."""
+    """
+    The persona, or who speaks, cannot be told from a row's text; the message names the row, the reason and what to write instead.
+    """
 
 
 class Span(NamedTuple):
@@ -125,13 +135,15 @@ def mark_persona(
         end_marker (`str`, *optional*, defaults to `"</persona>"`): Text that closes it.
 
     Returns:
-        `tuple[dict[str, Any], list[Span]]`: The row as TRL shall see it (ChatML, marks taken out, persona filled in),
+        `tuple[dict[str, Any], list[Span]]`: The row as TRL shall see it (ChatML and its roles, marks taken out, persona filled in),
         and its personas in order. A persona of white space alone is none.
 
     Raises:
-        `PersonaError`: The row says neither clearly that it has a persona nor that it has none.
+        `PersonaError`: The row says neither clearly that it has a persona nor that it has none, or a message's role is
+            unknown.
     """
     example = maybe_convert_to_chatml(example)
+    _name_roles(example)
     persona = example.get("persona")
     if isinstance(persona, float) and math.isnan(persona):  # pandas' way to say that there is none
         persona = None
@@ -264,6 +276,21 @@ def _says_something(turn: str | list[dict[str, Any]]) -> bool:
     ) or any(message.get(key) for message in turn for key in ("tool_calls", "reasoning_content", "thinking"))
 
 
+def _name_roles(example: dict[str, Any]) -> None:
+    """Give the roles of other formats the names that chat templates know, in place."""
+    for column in ("prompt", "completion", "messages"):
+        messages = example.get(column)
+        for index, message in enumerate(messages if isinstance(messages, list) else ()):
+            role = message.get("role") if isinstance(message, dict) else None
+            name = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+            if name is None:
+                raise PersonaError(
+                    f"message {index} of {column!r} has the role {role!r}, which chat templates do not know. Write 'system', "
+                    "'user', 'assistant' or 'tool'."
+                )
+            message["role"] = name
+
+
 def _columns(example: dict[str, Any], text_field: str) -> tuple[str, ...]:
     """The columns whose text TRL will tokenize."""
     if "prompt" in example:
@@ -342,17 +369,8 @@ def render(
 
     values = [marked[column] for column in marked]
     if is_conversational(example):
-        tools = example.get("tools")
-        try:
-            rendered = tokenizer.apply_chat_template(
-                [message for messages in values for message in messages],
-                tokenize=False,
-                chat_template=chat_template,
-                tools=json.loads(tools) if isinstance(tools, str) else tools,
-                **(example.get("chat_template_kwargs") or {}),
-            )
-        except TemplateError as error:
-            raise PersonaError(f"the chat template does not take this conversation: {error}") from error
+        messages = [message for messages in values for message in messages]
+        rendered = render_messages(example, messages, tokenizer, chat_template)
     else:
         rendered = "".join(values)
 
@@ -376,6 +394,42 @@ def render(
             end, behind = end + 1, behind[1:]
         found.append((start, end))
     return text, found
+
+
+def render_messages(
+    example: dict[str, Any],
+    messages: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None = None,
+    **kwargs,
+) -> str:
+    """
+    Put messages through the chat template, with the tools and the template's arguments of a row.
+
+    Args:
+        example (`dict[str, Any]`): The row.
+        messages (`list[dict[str, Any]]`): Its messages, or some of them.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer with the chat template.
+        chat_template (`str`, *optional*): Template to use instead of the tokenizer's.
+        **kwargs: Arguments of the template that go before the row's own, such as `add_generation_prompt`.
+
+    Returns:
+        `str`: The text.
+
+    Raises:
+        `PersonaError`: The template does not take the messages.
+    """
+    tools = example.get("tools")
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            chat_template=chat_template,
+            tools=json.loads(tools) if isinstance(tools, str) else tools,
+            **{**(example.get("chat_template_kwargs") or {}), **kwargs},
+        )
+    except TemplateError as error:
+        raise PersonaError(f"the chat template does not take this conversation: {error}") from error
 
 
 def _role(example: dict[str, Any], span: Span) -> str:

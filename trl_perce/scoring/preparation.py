@@ -11,10 +11,10 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from ..config import PerCEConfig, copy_config
 from ..persona.dataset import check_rendering, count_personas, describe_rows, mark_dataset, tokenize_with_mask
+from ..persona.turns import choose_turns
 from ..training.checks import chat_template
 
 
@@ -85,9 +85,6 @@ class Preparation:
             tokenizer.eos_token = args.eos_token or tokenizer.eos_token
             tokenizer.chat_template = template or tokenizer.chat_template
         self.tokenizer = tokenizer
-        # As `SFTTrainer.__init__`
-        needs_markers = args.assistant_only_loss and not has_generation_markers(tokenizer.chat_template)
-        self.chat_template = get_training_chat_template(tokenizer) if needs_markers else None
 
     def __call__(self, dataset: Dataset | IterableDataset, name: str, needs_persona: bool = False) -> PreparedRows:
         """
@@ -103,8 +100,9 @@ class Preparation:
             [`PreparedRows`]: Rows, and which were left out.
 
         Raises:
-            `PersonaError`: A row's persona is unclear (the message names the row), or no row has one and `needs_persona`.
-            `ValueError`: There is no row, or it holds images.
+            `PersonaError`: A row's persona or who speaks in it is unclear (the message names the row), or no row has a persona
+                and `needs_persona`.
+            `ValueError`: There is no row, it holds images, or `assistant_only_loss` does not go with it.
         """
         args = self.args
         first: dict[str, Any] = next(iter(dataset), {})
@@ -120,7 +118,8 @@ class Preparation:
         dataset = mark_dataset(dataset, name, args)
         if needs_persona:
             count_personas(dataset, name, args, required=True)
-        check_rendering(dataset, name, self.tokenizer, self.chat_template, args.dataset_text_field)
+        turns = choose_turns(next(iter(dataset)), self.tokenizer, args.assistant_only_loss)
+        check_rendering(dataset, name, self.tokenizer, turns, args.dataset_text_field)
         dataset = dataset.map(note, with_indices=True) if streaming else dataset
         dataset = describe_rows(dataset, name, args)
 
@@ -129,12 +128,10 @@ class Preparation:
             completion_only_loss = "prompt" in first and "completion" in first
         # What `SFTTrainer._prepare_dataset` reads of a trainer (TRL 1.16; tests/test_seams.py)
         trainer = SimpleNamespace(
-            _tokenizer=self.tokenizer, chat_template=self.chat_template, completion_only_loss=completion_only_loss
+            _tokenizer=self.tokenizer, chat_template=turns.chat_template, completion_only_loss=completion_only_loss
         )
         prepare = functools.partial(SFTTrainer._prepare_dataset, trainer)
-        dataset, is_final = tokenize_with_mask(
-            prepare, dataset, name, self.tokenizer, self.tokenizer, self.chat_template, args
-        )
+        dataset, is_final = tokenize_with_mask(prepare, dataset, name, self.tokenizer, self.tokenizer, turns, args)
         fits = _rows_in(dataset)
         dataset = prepare(
             dataset, self.tokenizer, copy_config(args, max_length=None) if is_final else args, False, None, name
