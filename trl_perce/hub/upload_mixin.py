@@ -5,11 +5,15 @@
 from concurrent.futures import Future
 from weakref import WeakSet
 
+from accelerate.logging import get_logger
 from transformers import Trainer
 
 from ..utils.files import is_disk_error
 from .model_card import write_model_card
 from .upload import UPLOAD_ERRORS, upload_again, warn_if_failed
+
+
+logger = get_logger(__name__)
 
 
 class UploadMixin(Trainer):
@@ -40,6 +44,13 @@ class UploadMixin(Trainer):
                 job.add_done_callback(lambda job: warn_if_failed(job, self.hub_model_id, self.args))
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        super().create_model_card(model_name, dataset_name, tags)
-        if self.is_world_process_zero():
-            write_model_card(self, model_name, dataset_name)
+        # It is written with each checkpoint: whatever fails in it, training goes on
+        try:
+            super().create_model_card(model_name, dataset_name, tags)
+            if self.is_world_process_zero():
+                write_model_card(self, model_name, dataset_name)
+        except Exception as error:
+            logger.warning(
+                f"The model card {self.args.output_dir}/README.md could not be written: {type(error).__name__}: {error}. "
+                "The model is saved without it."
+            )
