@@ -36,7 +36,7 @@ def data(tmp_path):
 @pytest.fixture
 def score(tiny_model, data, tmp_path):
     def run(*argv, output="scores", config=()):
-        arguments = ["--model_name_or_path", tiny_model, "--dataset_name", data, "--use_cpu", "--bf16", "False"]
+        arguments = ["--model_name_or_path", tiny_model, "--dataset_name", data, "--use_cpu"]
         return main(["score", *config, *arguments, "--output_dir", str(tmp_path / output), *argv])
 
     return run
@@ -88,18 +88,19 @@ def test_other_settings_are_another_run(score, tmp_path, capsys):
 
 
 def test_a_training_recipe_scores_its_data(score, tmp_path, capsys):
-    recipe = {"learning_rate": 1e-4, "use_peft": True, "counterfactual": "mask", "max_length": 100}
+    recipe = {"learning_rate": 1e-4, "use_peft": True, "counterfactual": "mask", "max_length": 100, "bf16": True}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(recipe | {"output_dir": str(tmp_path / "trained")}))
     config = ["--config", str(tmp_path / "config.yaml")]
     assert score("--max_rows", "2", config=config) == 0
     settings = json.loads((tmp_path / "scores" / "settings.json").read_text())
     assert (settings["counterfactual"], settings["max_length"], settings["rows"]) == ("mask", 100, 2)
     assert len(rows_of(tmp_path / "scores")) == 2
+    assert "precision `float32, under bfloat16 autocast`" in (tmp_path / "scores" / "report.md").read_text()
 
     from trl_perce.cli import score as command
 
     arguments = ["--model_name_or_path", settings["model"], "--dataset_name", settings["dataset"], "--use_cpu"]
-    assert command.run([*config, *arguments, "--bf16", "False"]) == 0
+    assert command.run([*config, *arguments]) == 0
     assert (tmp_path / "trained-scores" / "report.md").is_file() and not (tmp_path / "trained").exists()
 
 
@@ -130,8 +131,8 @@ def test_in_4_bits(smollm2, data, tmp_path):
     assert main(["score", *arguments, "--load_in_4bit", "--max_rows", "2", "--output_dir", str(tmp_path / "nf4")]) == 0
     found = np.concatenate([row["log_probs"] for row in rows_of(tmp_path / "nf4")])
 
-    def score(model, bf16=True):
-        scores = PerContrast(model, use_cpu=True, bf16=bf16).score([make_row(0), make_row(1)])
+    def score(model):
+        scores = PerContrast(model, use_cpu=True).score([make_row(0), make_row(1)])
         return np.concatenate([one.log_probs for one in scores])
 
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
@@ -142,7 +143,7 @@ def test_in_4_bits(smollm2, data, tmp_path):
     )
     # The same products of the same numbers, on any machine; the file has five decimals
     assert found == pytest.approx(score(model), abs=1e-5)
-    exact = score(model.float(), bf16=False)
+    exact = score(model.float())
     assert root_mean_square(found - exact) < BF16 < 0.5 * root_mean_square(plain - exact)
 
 

@@ -86,7 +86,8 @@ def make_parser():
             DatasetMixtureConfig: "mixture of datasets",
         },
         prog="trl-perce score",
-        description=f"{HELP}. Takes a training recipe with --config, whose arguments that do not matter here are ignored. "
+        description=f"{HELP}. Takes a training recipe with --config, whose arguments that do not matter here are ignored; one with "
+        "`bf16: true` is scored under autocast, as it trains, and otherwise the model runs in its own dtype. "
         "Writes scores.jsonl, heatmap.html, heatmap.png, report.md and report.json to --output_dir. Called again, it goes on "
         "where it stopped. Arguments of `accelerate launch` (--num_processes …) and --accelerate_config (a file, or the name of one "
         "of TRL's) choose the processes, which share the rows.",
@@ -203,15 +204,18 @@ class ScoreRun:
         """Write the report and the heatmaps, and print the first of both."""
         from rich.console import Console
 
+        from trl_perce.config import describe_precision
         from trl_perce.scoring.heatmap.page import write_html
         from trl_perce.scoring.heatmap.png import write_png
         from trl_perce.scoring.heatmap.terminal import print_heatmap
         from trl_perce.scoring.report import make_report, write_report
 
         folder, rows = Path(self.args.output_dir), self.script_args.png_rows
-        report = make_report(self.file, self.settings)
+        precision = describe_precision(self.args, (self.args.model_init_kwargs or {}).get("dtype"))
+        settings = self.settings | {"precision": precision}
+        report = make_report(self.file, settings)
         write_report(report, folder)
-        write_html(self.file, folder / "heatmap.html", self.settings, max_rows=self.script_args.heatmap_rows)
+        write_html(self.file, folder / "heatmap.html", settings, max_rows=self.script_args.heatmap_rows)
         write_png(self.file, folder / "heatmap.png", self.settings, num_rows=rows)
         console = Console(highlight=False)
         print_heatmap(self.file, console, num_rows=rows)

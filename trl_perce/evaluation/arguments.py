@@ -15,7 +15,8 @@ class GenerationArguments(PerContrastConfig):
 
     [`GenerationArguments`] inherits every parameter of [`PerContrastConfig`], so that one object configures generation and
     scoring, and a training recipe can be used for both. `max_length`, `truncate_persona`, `chat_template_path`, `eos_token`,
-    the persona's markers, `bf16`, `fp16` and `seed` matter here.
+    the persona's markers, `bf16`, `fp16` and `seed` matter here. Like scoring, generation runs in the model's own dtype unless
+    `bf16` or `fp16` asks for autocast.
 
     Parameters:
         temperature (`float`, *optional*, defaults to `0.4`):

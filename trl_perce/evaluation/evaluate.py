@@ -23,7 +23,7 @@ from peft import PeftModel
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 
-from ..config import copy_config
+from ..config import copy_config, describe_precision
 from ..persona.marks import PersonaError
 from ..scoring.loading import find_adapter, load_model, load_scoring_tokenizer
 from ..scoring.percontrast import PerContrast
@@ -227,6 +227,11 @@ class Evaluation:
     def _scores_swapped(self) -> bool:
         return self.options.likelihood and self.options.swap_persona
 
+    @property
+    def _dtype(self) -> Any:
+        """Of the model's weights. A name's is what was asked for: a run that only goes on may never load it."""
+        return (self.args.model_init_kwargs or {}).get("dtype") if self.base is not None else self.model.dtype
+
     # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _loaded(self):
@@ -365,7 +370,7 @@ class Evaluation:
             "rows": len(self.rows),
             "predicted": len(self.prompts),
             "trimmed": {"rows": len(trimmed), "tokens": sum(trimmed)},
-            "settings": self.settings | used,
+            "settings": self.settings | used | {"precision": describe_precision(self.args, self._dtype)},
             "personal_by": self.personal_by,
             "metrics": summarise(values, self.groups),
             "judge": judged,
