@@ -18,6 +18,7 @@ from trl_perce.evaluation.generate import TransformersGenerator
 from trl_perce.evaluation.likelihood import likelihood_values, ratio_values, score_swapped, token_likelihoods
 from trl_perce.evaluation.predictions import other_rows
 from trl_perce.evaluation.uptake import persona_uptake
+from trl_perce.hub.run_settings import write_run_settings
 from trl_perce.utils.statistics import bootstrap_interval, paired_test
 
 
@@ -248,6 +249,20 @@ def test_another_users_persona_is_scored_as_if_it_were_in_the_row(tiny_model, ma
     for own, expected in zip(found, scorer.score(swapped), strict=True):
         assert own.counterfactual_log_probs == pytest.approx(expected.log_probs, abs=1e-4)
         assert own.persona == expected.persona and np.isnan(own.log_probs).all()
+
+
+def test_the_length_of_the_training_is_taken(adapted, tiny_model, data, tmp_path, capsys, make_args):
+    adapted.save_pretrained(tmp_path / "adapter")
+    argv = ["evaluate", "--model_name_or_path", tiny_model, "--adapter", str(tmp_path / "adapter"), "--use_cpu"]
+    argv += ["--dataset_name", data, "--max_rows", "1", "--metrics", "rouge", "--likelihood", "false"]
+    for length, line in (
+        (80, "As in the training: max_length 80 ("),
+        (8, "`max_length` is 1024: the training's 8 has no"),
+    ):
+        write_run_settings(make_args(max_length=length), tmp_path / "adapter")
+        assert main([*argv, "--max_new_tokens", "8", "--output_dir", str(tmp_path / f"of-{length}")]) == 0
+        assert capsys.readouterr().out.startswith(line)
+        assert result_of(tmp_path / f"of-{length}")["settings"]["max_length"] == (80 if length == 80 else 1024)
 
 
 def test_an_adapters_base_decides_what_is_personal(adapted, tiny_model, arguments, tmp_path):

@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from processes import start
 from reference import BF16, put_4bit_weights, root_mean_square
 from rows import write_lines
-from trl_perce import PerContrast, TokenScores
+from trl_perce import PerContrast, PerContrastConfig, TokenScores
+from trl_perce.cli.common import take_run_settings
 from trl_perce.cli.main import main
+from trl_perce.hub.run_settings import write_run_settings
 from trl_perce.scoring.score_file import ScoreFile, remove_scores
 
 
@@ -123,6 +125,34 @@ def test_with_an_adapter(score, tiny_model, tmp_path):
     expected = PerContrast(model, use_cpu=True, bf16=False).score(make_row(0)).log_probs
     # Alone and among five others, in float32: some 30 products' rounding, 2^-24 of values near 10 each, and five decimals
     assert adapted == pytest.approx(expected, abs=5e-5) and base != pytest.approx(expected, abs=1e-2)
+
+
+def test_the_length_of_the_training_is_taken(score, tiny_model, tmp_path, capsys, make_args):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(target_modules="all-linear"))
+    adapter = tmp_path / "adapter"
+    model.save_pretrained(adapter)
+    write_run_settings(make_args(max_length=64, truncate_persona=False, persona_end_marker="</p>"), adapter)
+    where = f"({adapter}/trl_perce.json)\n"
+    taken = f"As in the training: max_length 64, truncate_persona False, persona_end_marker </p> {where}"
+    assert score("--adapter", str(adapter), "--max_rows", "1", "--png_rows", "1") == 0
+    settings = json.loads((tmp_path / "scores" / "settings.json").read_text())
+    names = ("max_length", "truncate_persona", "persona_end_marker")
+    assert [settings[name] for name in names] == [64, False, "</p>"] and taken in capsys.readouterr().out
+
+    def values(*argv):
+        take_run_settings(args := make_args(PerContrastConfig), argv, str(adapter))
+        return [getattr(args, name) for name in names], capsys.readouterr().out
+
+    (tmp_path / "config.yaml").write_text("max_length: 1024\ntruncate_persona: true\n")  # the defaults, but given
+    said = f"As in the training: persona_end_marker </p> {where}"
+    assert values("--config", str(tmp_path / "config.yaml")) == ([1024, True, "</p>"], said)
+    given = ["--max_length=1024", "--truncate_persona", "--persona-end-marker", "</persona>"]
+    assert values(*given) == ([1024, True, "</persona>"], "")
+    (adapter / "trl_perce.json").write_text('{"max_length": "64", "truncate_persona": false}')
+    assert values()[0] == [1024, False, "</persona>"]
+    for broken in ("[1]", "{"):
+        (adapter / "trl_perce.json").write_text(broken)
+        assert values() == ([1024, True, "</persona>"], "")
 
 
 def test_in_4_bits(smollm2, data, tmp_path):

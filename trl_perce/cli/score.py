@@ -28,6 +28,7 @@ from .common import (
     model_init_kwargs,
     parse_with_launch,
     starts_one_process,
+    take_run_settings,
 )
 
 
@@ -120,7 +121,7 @@ def run(argv: list[str]) -> int:
         check_writable(args.output_dir)
         if not (launched or starts_one_process(launch_args, args.use_cpu)):
             return launch("score", own, launch_args, args.use_cpu)
-        run = ScoreRun(script_args, args, model_args, dataset_args)
+        run = ScoreRun(script_args, args, model_args, dataset_args, own)
     except (ValueError, TypeError, OSError) as error:  # `OSError`: there is no such file, or model
         fail("trl-perce score", error, 2)
     try:
@@ -144,12 +145,13 @@ class ScoreRun:
         args ([`PerContrastConfig`]): Configuration of the scores.
         model_args ([`~trl.ModelConfig`]): Says which model and quantization.
         dataset_args ([`~trl.DatasetMixtureConfig`]): Says which mixture of datasets, if any.
+        argv (`list[str]`): Arguments that were given: what is not among them is taken from the adapter's training.
 
     Raises:
         `ValueError`: Arguments, rows or earlier scores do not fit; the message says what to write instead.
     """
 
-    def __init__(self, script_args, args, model_args, dataset_args):
+    def __init__(self, script_args, args, model_args, dataset_args, argv):
         from trl_perce.scoring.loading import find_adapter, load_scoring_tokenizer
         from trl_perce.scoring.preparation import Preparation
         from trl_perce.scoring.score_file import ScoreFile, remove_scores
@@ -162,6 +164,7 @@ class ScoreRun:
         args.model_init_kwargs = model_init_kwargs(model_args, args)
         dataset, split = load_split(script_args, dataset_args, script_args.dataset_train_split)
         self.base, self.adapter = find_adapter(model_args.model_name_or_path, script_args.adapter)
+        take_run_settings(args, argv, self.adapter or self.base)
         try:
             self.tokenizer = load_scoring_tokenizer(self.base, self.adapter, args)
         except OSError as error:

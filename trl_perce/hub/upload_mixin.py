@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A trainer's uploads: they try again, failures in the background are told, and the model card is ours."""
+"""What a trainer saves beside a model, and its uploads: they try again, failures in the background are told, the model card is ours."""
 
 from concurrent.futures import Future
 from weakref import WeakSet
@@ -10,6 +10,7 @@ from transformers import Trainer
 
 from ..utils.files import is_disk_error
 from .model_card import write_model_card
+from .run_settings import write_run_settings
 from .upload import UPLOAD_ERRORS, upload_again, warn_if_failed
 
 
@@ -25,6 +26,11 @@ class UploadMixin(Trainer):
 
     def _send_telemetry(self):
         pass  # no request that nobody asked for
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if self.args.should_save:  # ahead of the model: what pushes comes last
+            write_run_settings(self.args, output_dir or self.args.output_dir)
+        super().save_model(output_dir, _internal_call)
 
     def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
         try:
