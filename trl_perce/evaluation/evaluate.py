@@ -88,7 +88,7 @@ def evaluate(
         say (`Callable[[str], None]`, *optional*): Takes a line about each step. By default it is logged.
 
     Returns:
-        `dict[str, Any]`: What `metrics.json` holds: `"rows"`, `"predicted"`, `"trimmed"`, `"settings"`, `"personal_by"`,
+        `dict[str, Any]`: What `metrics.json` holds: `"rows"`, `"predicted"`, `"unanswered"` (thoughts without an answer), `"trimmed"`, `"settings"`, `"personal_by"`,
             `"metrics"` (`{name: {"mean", "interval", "rows"}}`), `"judge"` and `"baseline"` (`None`, or `"folder"` and `"tests"`).
             Empty on other processes than the main one.
 
@@ -160,7 +160,8 @@ class Evaluation:
         if judge_url is not None and judge_model is not None:  # both, or neither
             judged, judge_values = self._judge(predictions, judge_url, judge_model)
             values |= judge_values
-        result = self._result(values, judged)
+        unanswered = sum("raw" in line and not line["prediction"] for line in predictions)
+        result = self._result(values, judged, unanswered)
         lines = [
             {"row": index, "id": row.get("id"), "user": self.users[index]}
             | {name: _plain(own[index]) for name, own in values.items()}
@@ -359,7 +360,7 @@ class Evaluation:
 
     # ── results ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _result(self, values: dict[str, np.ndarray], judged: dict[str, Any] | None) -> dict[str, Any]:
+    def _result(self, values: dict[str, np.ndarray], judged: dict[str, Any] | None, unanswered: int) -> dict[str, Any]:
         trimmed = [prompt.trimmed for prompt in self.prompts if prompt.trimmed]
         compared = None
         if self.baseline is not None:
@@ -369,6 +370,7 @@ class Evaluation:
         return {
             "rows": len(self.rows),
             "predicted": len(self.prompts),
+            "unanswered": unanswered,
             "trimmed": {"rows": len(trimmed), "tokens": sum(trimmed)},
             "settings": self.settings | used | {"precision": describe_precision(self.args, self._dtype)},
             "personal_by": self.personal_by,

@@ -111,6 +111,11 @@ def _remarks(result: dict[str, Any]) -> list[str]:
         remarks.append(
             f"{rows - predicted} of {rows} rows have no prediction: their prompts are too long for `max_length`."
         )
+    if result["unanswered"]:
+        remarks.append(
+            f"{result['unanswered']} of {predicted} predictions are empty: the model thought until `max_new_tokens` was used up, or ended "
+            "without an answer. They are counted as they are. Raise `max_new_tokens`, or switch thinking off."
+        )
     if trimmed["rows"]:
         remarks.append(
             f"The personas of {trimmed['rows']} of {rows} prompts were trimmed to fit into `max_length` with "
