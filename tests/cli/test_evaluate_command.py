@@ -336,6 +336,10 @@ def test_a_judge_rates(evaluate, echo, tmp_path, capsys):
     }
     assert [row["judge/personalization"] for row in rows] == [4, 4, 4, None, 4, 4]
     assert "replies could not be read" in capsys.readouterr().out
+    assert {body["max_tokens"] for body in echo.bodies} == {512} and "think" not in echo.bodies[0]
+    assert evaluate(*argv, "--judge_max_tokens", "9", "--judge_extra_body", '{"think": false}') == 0
+    assert (echo.bodies[-1]["max_tokens"], echo.bodies[-1]["think"]) == (9, False)
+    assert result_of(tmp_path / "out")["judge"]["cut"] == 0
 
 
 # ── bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -351,6 +355,8 @@ def test_a_judge_rates(evaluate, echo, tmp_path, capsys):
         (["--temprature", "1"], "Did you mean `temperature`"),
         (["--metrics", "rouge", "bert"], "`metrics` must name"),
         (["--judge_model", "x"], "`judge_base_url` and `judge_model` belong together"),
+        (["--judge_max_tokens", "0"], "`judge_max_tokens` is 0"),
+        (["--judge_extra_body", "{think"], "`judge_extra_body` is '{think'. Write a JSON object"),
         (["--reference_scores", "nowhere"], "there is no 'scores.jsonl' in 'nowhere'"),
         (["--baseline", "nowhere"], "there is no 'predictions.jsonl' in 'nowhere'"),
         (["--counterfactual", "swap"], "Set `swap_persona`"),

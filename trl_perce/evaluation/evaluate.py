@@ -352,11 +352,17 @@ class Evaluation:
         from .endpoint import Endpoint
         from .judge import judge_predictions
 
-        endpoint = Endpoint(base_url, model, cache_path=self.folder / "judge_answers.jsonl")
+        endpoint = Endpoint(
+            base_url,
+            model,
+            max_tokens=self.options.judge_max_tokens,
+            cache_path=self.folder / "judge_answers.jsonl",
+            extra_body=self.options.judge_extra_body,  # type: ignore[arg-type]  # parsed by now
+        )
         judged = judge_predictions(predictions, endpoint)
         judged.write(self.folder / "judge.jsonl", predictions)
         values = {f"judge/{name}": self._by_row(predictions, own) for name, own in judged.scores.items()}
-        return {"model": model, "criteria": judged.summary()}, values
+        return {"model": model, "criteria": judged.summary(), "cut": endpoint.num_cut}, values
 
     # ── results ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -134,6 +134,7 @@ def _remarks(result: dict[str, Any]) -> list[str]:
         unparsable = sum(criterion["unparsable"] for criterion in result["judge"]["criteria"].values())
         remarks.append(
             f"judge/…: ratings from 1 to 5 by {result['judge']['model']}; {unparsable} replies could not be read."
+            + (f" {cut} were cut off: raise `judge_max_tokens`." if (cut := result["judge"]["cut"]) else "")
         )
     if result["baseline"] is not None:
         remarks.append(
