@@ -27,13 +27,15 @@ def user(text):
 class EchoServer(ThreadingHTTPServer):
     """
     Answers "echo: <text>" after 50 ms, or what a test sets as `reply`, a function of the request; "busy" once with 503 before, "bad"
-    always with 400, "key" always with 401 and the key in the message.
+    always with 400, "key" always with 401 and the key in the message. Parameters in `refused` get 400 with the value, the message; an
+    answer to what begins with "cut" is cut off, without content as a model's that thinks, one to "limit" with it.
     """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), EchoHandler)
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         self.lock, self.running, self.most, self.texts, self.bodies, self.keys = threading.Lock(), 0, 0, [], [], set()
+        self.refused = {}
         self.reply = lambda body: f"echo: {body['messages'][-1]['content']}"
 
 
@@ -51,11 +53,18 @@ class EchoHandler(BaseHTTPRequestHandler):
         with server.lock:
             server.running -= 1
         status = {"bad": 400, "key": 401}.get(text, 503 if text == "busy" and server.texts.count("busy") == 1 else 200)
-        refused = self.headers["Authorization"] if text == "key" else text
-        message = {"role": "assistant", "content": None if text == "nothing" else server.reply(body)}
+        refused = f"no to {self.headers['Authorization'] if text == 'key' else text}"
+        for name in {*server.refused} & {*body}:
+            status, refused = 400, server.refused[name]
+        is_cut = text.startswith("cut")
+        message = {"role": "assistant", "content": None if is_cut or text == "nothing" else server.reply(body)}
         reply = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
-        reply |= {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
-        data = json.dumps(reply if status == 200 else {"error": {"message": f"no to {refused}"}}).encode()
+        reply |= {
+            "choices": [
+                {"index": 0, "finish_reason": "length" if is_cut or text == "limit" else "stop", "message": message}
+            ]
+        }
+        data = json.dumps(reply if status == 200 else {"error": {"message": refused}}).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))

@@ -236,10 +236,14 @@ class PerContrastConfig(PerCEConfig):
 
     [`PerContrastConfig`] inherits every parameter of [`PerCEConfig`], so that a training recipe scores its data as the
     trainer will see it: `max_length`, `truncate_persona`, `chat_template_path`, `completion_only_loss`,
-    `assistant_only_loss`, `eos_token`, `bf16`, `weight_clip_min`, … mean the same. Parameters that only matter for training are
+    `assistant_only_loss`, `eos_token`, `weight_clip_min`, … mean the same. Parameters that only matter for training are
     ignored. Rows are padded, not packed, which changes no score.
 
     Parameters:
+        bf16 (`bool`, *optional*, defaults to `False`):
+            Whether the model runs under bfloat16 autocast. Unlike in training, it is off unless it is asked for: the model runs in
+            its own dtype, and the scores are the model's own numbers. A training recipe with `bf16: true` asks for it, and its
+            data is then scored in the precision of the training. The same goes for `fp16`.
         counterfactual (`str`, *optional*, defaults to `"drop"`):
             What takes the place of the persona in the counterfactual pass. Possible values are:
 
@@ -266,6 +270,10 @@ class PerContrastConfig(PerCEConfig):
             "choices": ["drop", "mask", "swap"],
         },
     )
+    bf16: bool | None = field(
+        default=False,
+        metadata={"help": "Run the model under bfloat16 autocast. By default it runs in its own dtype."},
+    )
     personal_threshold: float = field(
         default=1.0, metadata={"help": "A token with a PIR over it is a personal token, in nats."}
     )
@@ -279,6 +287,7 @@ class PerContrastConfig(PerCEConfig):
             raise ValueError(f"`personal_threshold` is {self.personal_threshold}. Write a finite number of nats.")
         if self.score_batch_tokens < 1:
             raise ValueError(f"`score_batch_tokens` is {self.score_batch_tokens}. Write a positive number of tokens.")
+        self.bf16: bool | None = bool(self.bf16)  # TRL's default is mixed precision, which rounds
         self.use_cpu: bool = self.use_cpu or not has_accelerator()
         # `TrainingArguments` would set up the devices anew, which takes them from a trainer that is there already
         PartialState(cpu=self.use_cpu, timeout=timedelta(seconds=self.ddp_timeout))
@@ -300,6 +309,22 @@ def _read_numbers(args, *names: str) -> None:
                 f"`{name}` is {value!r}. Write a number, such as {args.__dataclass_fields__[name].default}."
             )
         setattr(args, name, number)
+
+
+def describe_precision(args: PerContrastConfig, dtype: object = None) -> str:
+    """
+    In which precision a model runs, for reports.
+
+    Args:
+        args ([`PerContrastConfig`]): Gives `bf16` and `fp16`.
+        dtype (`torch.dtype` or `str`, *optional*): Of the model's weights. `None` and `"auto"`: its own, whatever that is.
+
+    Returns:
+        `str`: Such as `"float32"` or `"float32, under bfloat16 autocast"`.
+    """
+    name = "the model's own dtype" if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
+    autocast = "float16" if args.fp16 else "bfloat16" if args.bf16 else None
+    return name if autocast is None else f"{name}, under {autocast} autocast"
 
 
 def copy_config(args: PerCEConfig, cls: type[PerCEConfig] | None = None, **changes) -> PerCEConfig:

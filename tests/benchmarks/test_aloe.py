@@ -491,7 +491,7 @@ def test_a_failing_endpoint_exits_with_its_message(aloe, echo, capsys, tmp_path)
 def test_real_conversations(server, smollm2, tmp_path):
     url, log = server
     before = requests_of(log)
-    options = {"concurrency": 1, "max_tokens": 6, "cache_path": tmp_path / "answers.jsonl"}
+    options = {"concurrency": 1, "max_tokens": 6, "cache_path": tmp_path / "answers.jsonl", "keep_cut": True}
     simulator, judge = (Endpoint(url, smollm2, temperature=t, **options) for t in (1.0, 0.0))
     seen = []
 

@@ -18,6 +18,7 @@ from trl_perce.evaluation.generate import TransformersGenerator
 from trl_perce.evaluation.likelihood import likelihood_values, ratio_values, score_swapped, token_likelihoods
 from trl_perce.evaluation.predictions import other_rows
 from trl_perce.evaluation.uptake import persona_uptake
+from trl_perce.hub.run_settings import write_run_settings
 from trl_perce.utils.statistics import bootstrap_interval, paired_test
 
 
@@ -112,7 +113,7 @@ def test_writes_everything_and_says_it(evaluate, tiny_model, tmp_path, capsys, m
     assert "Generated 6 predictions" in out and "rougeL" in out and "log_likelihood/other" in out
     assert "the evaluated model itself" in out and "\x1b[" not in out  # plain when piped
     report = (folder / "report.md").read_text()
-    assert "| `num_tokens` | " in report and "needles" in report
+    assert "| `num_tokens` | " in report and "needles" in report and "| `precision` | `float32` |" in report
 
 
 def test_a_second_call_loads_no_model(evaluate, tmp_path, capsys, monkeypatch):
@@ -250,6 +251,20 @@ def test_another_users_persona_is_scored_as_if_it_were_in_the_row(tiny_model, ma
         assert own.persona == expected.persona and np.isnan(own.log_probs).all()
 
 
+def test_the_length_of_the_training_is_taken(adapted, tiny_model, data, tmp_path, capsys, make_args):
+    adapted.save_pretrained(tmp_path / "adapter")
+    argv = ["evaluate", "--model_name_or_path", tiny_model, "--adapter", str(tmp_path / "adapter"), "--use_cpu"]
+    argv += ["--dataset_name", data, "--max_rows", "1", "--metrics", "rouge", "--likelihood", "false"]
+    for length, line in (
+        (80, "As in the training: max_length 80 ("),
+        (8, "`max_length` is 1024: the training's 8 has no"),
+    ):
+        write_run_settings(make_args(max_length=length), tmp_path / "adapter")
+        assert main([*argv, "--max_new_tokens", "8", "--output_dir", str(tmp_path / f"of-{length}")]) == 0
+        assert capsys.readouterr().out.startswith(line)
+        assert result_of(tmp_path / f"of-{length}")["settings"]["max_length"] == (80 if length == 80 else 1024)
+
+
 def test_an_adapters_base_decides_what_is_personal(adapted, tiny_model, arguments, tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
@@ -321,6 +336,10 @@ def test_a_judge_rates(evaluate, echo, tmp_path, capsys):
     }
     assert [row["judge/personalization"] for row in rows] == [4, 4, 4, None, 4, 4]
     assert "replies could not be read" in capsys.readouterr().out
+    assert {body["max_tokens"] for body in echo.bodies} == {512} and "think" not in echo.bodies[0]
+    assert evaluate(*argv, "--judge_max_tokens", "9", "--judge_extra_body", '{"think": false}') == 0
+    assert (echo.bodies[-1]["max_tokens"], echo.bodies[-1]["think"]) == (9, False)
+    assert result_of(tmp_path / "out")["judge"]["cut"] == 0
 
 
 # ── bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -336,6 +355,8 @@ def test_a_judge_rates(evaluate, echo, tmp_path, capsys):
         (["--temprature", "1"], "Did you mean `temperature`"),
         (["--metrics", "rouge", "bert"], "`metrics` must name"),
         (["--judge_model", "x"], "`judge_base_url` and `judge_model` belong together"),
+        (["--judge_max_tokens", "0"], "`judge_max_tokens` is 0"),
+        (["--judge_extra_body", "{think"], "`judge_extra_body` is '{think'. Write a JSON object"),
         (["--reference_scores", "nowhere"], "there is no 'scores.jsonl' in 'nowhere'"),
         (["--baseline", "nowhere"], "there is no 'predictions.jsonl' in 'nowhere'"),
         (["--counterfactual", "swap"], "Set `swap_persona`"),

@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from processes import start
 from reference import BF16, put_4bit_weights, root_mean_square
 from rows import write_lines
-from trl_perce import PerContrast, TokenScores
+from trl_perce import PerContrast, PerContrastConfig, TokenScores
+from trl_perce.cli.common import take_run_settings
 from trl_perce.cli.main import main
+from trl_perce.hub.run_settings import write_run_settings
 from trl_perce.scoring.score_file import ScoreFile, remove_scores
 
 
@@ -36,7 +38,7 @@ def data(tmp_path):
 @pytest.fixture
 def score(tiny_model, data, tmp_path):
     def run(*argv, output="scores", config=()):
-        arguments = ["--model_name_or_path", tiny_model, "--dataset_name", data, "--use_cpu", "--bf16", "False"]
+        arguments = ["--model_name_or_path", tiny_model, "--dataset_name", data, "--use_cpu"]
         return main(["score", *config, *arguments, "--output_dir", str(tmp_path / output), *argv])
 
     return run
@@ -88,18 +90,19 @@ def test_other_settings_are_another_run(score, tmp_path, capsys):
 
 
 def test_a_training_recipe_scores_its_data(score, tmp_path, capsys):
-    recipe = {"learning_rate": 1e-4, "use_peft": True, "counterfactual": "mask", "max_length": 100}
+    recipe = {"learning_rate": 1e-4, "use_peft": True, "counterfactual": "mask", "max_length": 100, "bf16": True}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(recipe | {"output_dir": str(tmp_path / "trained")}))
     config = ["--config", str(tmp_path / "config.yaml")]
     assert score("--max_rows", "2", config=config) == 0
     settings = json.loads((tmp_path / "scores" / "settings.json").read_text())
     assert (settings["counterfactual"], settings["max_length"], settings["rows"]) == ("mask", 100, 2)
     assert len(rows_of(tmp_path / "scores")) == 2
+    assert "precision `float32, under bfloat16 autocast`" in (tmp_path / "scores" / "report.md").read_text()
 
     from trl_perce.cli import score as command
 
     arguments = ["--model_name_or_path", settings["model"], "--dataset_name", settings["dataset"], "--use_cpu"]
-    assert command.run([*config, *arguments, "--bf16", "False"]) == 0
+    assert command.run([*config, *arguments]) == 0
     assert (tmp_path / "trained-scores" / "report.md").is_file() and not (tmp_path / "trained").exists()
 
 
@@ -124,14 +127,42 @@ def test_with_an_adapter(score, tiny_model, tmp_path):
     assert adapted == pytest.approx(expected, abs=5e-5) and base != pytest.approx(expected, abs=1e-2)
 
 
+def test_the_length_of_the_training_is_taken(score, tiny_model, tmp_path, capsys, make_args):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(target_modules="all-linear"))
+    adapter = tmp_path / "adapter"
+    model.save_pretrained(adapter)
+    write_run_settings(make_args(max_length=64, truncate_persona=False, persona_end_marker="</p>"), adapter)
+    where = f"({adapter}/trl_perce.json)\n"
+    taken = f"As in the training: max_length 64, truncate_persona False, persona_end_marker </p> {where}"
+    assert score("--adapter", str(adapter), "--max_rows", "1", "--png_rows", "1") == 0
+    settings = json.loads((tmp_path / "scores" / "settings.json").read_text())
+    names = ("max_length", "truncate_persona", "persona_end_marker")
+    assert [settings[name] for name in names] == [64, False, "</p>"] and taken in capsys.readouterr().out
+
+    def values(*argv):
+        take_run_settings(args := make_args(PerContrastConfig), argv, str(adapter))
+        return [getattr(args, name) for name in names], capsys.readouterr().out
+
+    (tmp_path / "config.yaml").write_text("max_length: 1024\ntruncate_persona: true\n")  # the defaults, but given
+    said = f"As in the training: persona_end_marker </p> {where}"
+    assert values("--config", str(tmp_path / "config.yaml")) == ([1024, True, "</p>"], said)
+    given = ["--max_length=1024", "--truncate_persona", "--persona-end-marker", "</persona>"]
+    assert values(*given) == ([1024, True, "</persona>"], "")
+    (adapter / "trl_perce.json").write_text('{"max_length": "64", "truncate_persona": false}')
+    assert values()[0] == [1024, False, "</persona>"]
+    for broken in ("[1]", "{"):
+        (adapter / "trl_perce.json").write_text(broken)
+        assert values() == ([1024, True, "</persona>"], "")
+
+
 def test_in_4_bits(smollm2, data, tmp_path):
     """Against a copy that holds the values of the 4-bit weights: what quantization itself costs is not ours."""
     arguments = ["--model_name_or_path", smollm2, "--dataset_name", data, "--use_cpu", "--dtype", "bfloat16"]
     assert main(["score", *arguments, "--load_in_4bit", "--max_rows", "2", "--output_dir", str(tmp_path / "nf4")]) == 0
     found = np.concatenate([row["log_probs"] for row in rows_of(tmp_path / "nf4")])
 
-    def score(model, bf16=True):
-        scores = PerContrast(model, use_cpu=True, bf16=bf16).score([make_row(0), make_row(1)])
+    def score(model):
+        scores = PerContrast(model, use_cpu=True).score([make_row(0), make_row(1)])
         return np.concatenate([one.log_probs for one in scores])
 
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
@@ -142,7 +173,7 @@ def test_in_4_bits(smollm2, data, tmp_path):
     )
     # The same products of the same numbers, on any machine; the file has five decimals
     assert found == pytest.approx(score(model), abs=1e-5)
-    exact = score(model.float(), bf16=False)
+    exact = score(model.float())
     assert root_mean_square(found - exact) < BF16 < 0.5 * root_mean_square(plain - exact)
 
 

@@ -121,6 +121,50 @@ def test_what_was_answered_before_an_error_is_kept(echo, tmp_path):
 
 
 @needs_openai
+def test_an_answer_that_is_cut_off_is_counted_and_not_kept(echo, tmp_path, caplog):
+    path = tmp_path / "answers.jsonl"
+    endpoint = Endpoint(echo.url, "m", max_tokens=9, cache_path=path)
+    assert endpoint.ask([user(text) for text in ("cut 1", "a", "cut 2", "cut 1")]) == ["", "echo: a", "", ""]
+    assert endpoint.num_cut == 3 and "3 of 4 answers of 'm' were cut off at 9 tokens" in caplog.text
+    assert len(path.read_text().splitlines()) == 1
+    assert endpoint.ask([user("cut 1"), user("a")]) == ["", "echo: a"]
+    assert echo.texts.count("cut 1") == 2 and echo.texts.count("a") == 1 and endpoint.num_cut == 1
+    assert endpoint.ask([user("a")]) == ["echo: a"] and endpoint.num_cut == 0
+    # What is short on purpose, but nothing is never kept
+    for kept in (Endpoint(echo.url, "m", cache_path=path, keep_cut=True) for _ in range(2)):
+        assert kept.ask([user("cut"), user("limit")]) == ["", "echo: limit"] and kept.num_cut == 1
+    assert echo.texts.count("limit") == 1 and echo.texts.count("cut") == 2
+
+
+@needs_openai
+def test_parameters_that_an_endpoint_refuses(echo, tmp_path, caplog):
+    # The words of OpenAI's reasoning models
+    echo.refused = {
+        "max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+        "temperature": "Unsupported value: 'temperature' does not support 0.0 with this model.",
+    }
+    path = tmp_path / "answers.jsonl"
+    endpoint = Endpoint(echo.url, "m", max_tokens=7, concurrency=1, cache_path=path, extra_body={"effort": "low"})
+    assert endpoint.ask([user("a"), user("b")]) == ["echo: a", "echo: b"]
+    assert echo.texts == ["a", "a", "a", "b"]  # learned once
+    assert {**echo.bodies[-1], "messages": []} == {
+        **{"model": "m", "messages": [], "max_completion_tokens": 7, "effort": "low"}
+    }
+    assert "refuses `max_tokens`, `temperature`" in caplog.text and caplog.text.count("refuses") == 1
+    echo.refused = {"max_completion_tokens": "max_tokens is too large", "max_tokens": "max_tokens is too large"}
+    with pytest.raises(EndpointError, match="max_tokens is too large"):
+        Endpoint(echo.url, "m").ask([user("c")])
+    assert echo.texts.count("c") == 2
+    echo.refused = {"effort": "no effort"}
+    with pytest.raises(EndpointError, match="no effort"):
+        Endpoint(echo.url, "m", extra_body={"effort": "low"}).ask([user("d")])
+    assert echo.texts.count("d") == 1
+    echo.refused = {}
+    Endpoint(echo.url, "m", max_tokens=7, cache_path=path).ask([user("a")])  # another request
+    assert echo.texts.count("a") == 4
+
+
+@needs_openai
 def test_failures_that_pass_are_repeated(echo):
     assert Endpoint(echo.url, "m").ask([user("busy")]) == ["echo: busy"]
     assert echo.texts == ["busy", "busy"]
@@ -172,20 +216,20 @@ def test_real_judge(server, smollm2, tmp_path):
     url, log = server
     rows, before = load_rows(("test",))[:3], requests_of(log)
     options = {"concurrency": 2, "max_tokens": 32, "cache_path": tmp_path / "judge.jsonl"}
-    judgement = judge_words(rows, Endpoint(url, smollm2, **options))
+    judgement = judge_words(rows, endpoint := Endpoint(url, smollm2, **options))
     assert requests_of(log) == before + 3
     assert len(judgement.spans) == 3
     assert judgement.unparseable <= 3 and judgement.rejected <= judgement.words
     replies = [json.loads(line)["answer"] for line in (tmp_path / "judge.jsonl").read_text().splitlines()]
-    assert len(replies) == 3 and all(replies)  # the model did say something
+    assert len(replies) == 3 - endpoint.num_cut and all(replies)  # the model did say something
     assert judge_words(rows, Endpoint(url, smollm2, **options)) == judgement
-    assert requests_of(log) == before + 3
+    assert requests_of(log) == before + 3 + endpoint.num_cut
 
 
 def test_real_builder(server, smollm2, tmp_path):
     url, log = server
     personas, before = ["I knit and keep two cats.", "I am a welder. I box."], requests_of(log)
-    options = {"concurrency": 1, "max_tokens": 64, "cache_path": tmp_path / "answers.jsonl"}
+    options = {"concurrency": 1, "max_tokens": 64, "cache_path": tmp_path / "answers.jsonl", "keep_cut": True}
     built = build_rows(personas, Endpoint(url, smollm2, **options), questions=2)
     assert requests_of(log) == before + 4
     assert len(built.rows) + len(built.rejected) == 4 and built.reasons.total() == len(built.rejected)

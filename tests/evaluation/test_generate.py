@@ -1,3 +1,4 @@
+import copy
 import gc
 import json
 import signal
@@ -353,15 +354,26 @@ def test_what_ends_an_answer(tokenizer):
 
 
 def test_a_thought_is_not_part_of_the_prediction(tokenizer, arguments):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|channel|>", "<|message|>", "<|end|>"]})
     (prompt,) = make_prompts([make_row(0)], tokenizer, arguments())
-    for text, expected in (
-        ("<think>\nI sew?\n</think>\n\nBuy linen.", "Buy linen."),
-        ("<think>I sew", "<think>I sew"),
-        ("Buy <think>x</think> linen. ", "Buy <think>x</think> linen."),
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}"
+    (opened,) = make_prompts([make_row(0)], tokenizer, arguments())
+    harmony = "<|channel|>analysis<|message|>I sew.<|end|>assistant<|channel|>final<|message|>Buy linen."
+    for asked, text, expected, has_thought in (
+        (prompt, "<think>\nI sew?\n</think>\n\nBuy linen.", "Buy linen.", True),
+        (prompt, "<think>I sew", "", True),
+        (prompt, "<think>\n\n</think>\n\nBuy.", "Buy.", False),
+        (prompt, "Buy <think>x</think> linen. ", "Buy <think>x</think> linen.", False),
+        (prompt, "Buy linen.<|end|>", "Buy linen.", False),
+        (prompt, harmony, "Buy linen.", True),
+        (opened, "I sew?\n</think>\n\nBuy linen.<|end|>", "Buy linen.", True),
+        (opened, "I sew", "", True),
     ):
         tokens = tokenizer(text)["input_ids"]
-        line = to_prediction(prompt, [*tokens, 2, 7, 7], frozenset({2}), tokenizer)
+        line = to_prediction(asked, [*tokens, 2, 7, 7], frozenset({2}), tokenizer)
         assert line["prediction"] == expected and line["finished"] and line["num_tokens"] == len(tokens)
+        assert line.get("raw") == (text if has_thought else None)
 
 
 @pytest.mark.parametrize(

@@ -100,10 +100,11 @@ def test_real_judge_of_predictions(server, smollm2, tmp_path):
     url, log = server
     before, criteria = requests_of(log), ["personalization", "fluency"]
     options = {"concurrency": 1, "max_tokens": 6, "cache_path": tmp_path / "answers.jsonl"}
-    judgements = judge_predictions(PREDICTIONS[:1], Endpoint(url, smollm2, **options), criteria)
+    endpoint = Endpoint(url, smollm2, **options)
+    judgements = judge_predictions(PREDICTIONS[:1], endpoint, criteria)
     assert requests_of(log) == before + 2
     assert all(reply for [[reply]] in judgements.replies.values())
     for name, scores in judgements.scores.items():  # it mostly gives none: every one is counted
         assert judgements.unparsable[name] == sum(map(math.isnan, scores))
     again = judge_predictions(PREDICTIONS[:1], Endpoint(url, smollm2, **options), criteria)
-    assert again.replies == judgements.replies and requests_of(log) == before + 2
+    assert again.replies == judgements.replies and requests_of(log) == before + 2 + endpoint.num_cut

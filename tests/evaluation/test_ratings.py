@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_perce.evaluation.ratings import mean_of_known, parse_rating, to_percent, without_reasoning
+from trl_perce.evaluation.ratings import mean_of_known, parse_rating, to_percent
 
 
 @pytest.mark.parametrize(
@@ -103,10 +103,3 @@ def test_mean_of_known():
     values = np.array([[1, np.nan], [2, np.nan], [np.nan, np.nan]])
     assert np.array_equal(mean_of_known(values, 0), [1.5, np.nan], equal_nan=True)
     assert mean_of_known(values) == 1.5
-
-
-def test_reasoning_goes():
-    assert without_reasoning("<think>a</think>\n\n b ") == "b"
-    assert without_reasoning("a</think>b") == "b"  # the template has written the start
-    assert without_reasoning("<think>never stops") == ""
-    assert without_reasoning(" a <think> tag ") == "a <think> tag"

@@ -4,15 +4,17 @@ import json
 import re
 
 import pytest
+import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PromptTuningConfig
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from conftest import make_tiny_model
 from rows import make_chat_rows, write_lines
 from trl_perce import PerCETrainer
 from trl_perce.cli.main import main
-from trl_perce.hub.model_card import prompt_format
+from trl_perce.hub.model_card import _adapted, prompt_format
 
 
 @pytest.fixture
@@ -90,6 +92,35 @@ def test_other_runs(make_card, kind, tmp_path):
     }
     assert expected.get(kind, r"\mathcal{L}") in text
     assert card.data.eval_results is None
+
+
+def test_the_experts_of_a_mixture(make_args, tokenizer, tmp_path, caplog):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    config = Qwen3MoeConfig(**sizes, **heads, **experts, pad_token_id=3, bos_token_id=1, eos_token_id=2)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    lora = LoraConfig(r=4, target_parameters=["mlp.experts.down_proj", "mlp.experts.gate_up_proj"])
+    kwargs = {"output_dir": str(tmp_path / "moe"), "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    args = make_args(max_length=None, **kwargs)
+    data = Dataset.from_list(make_chat_rows(2))
+    trainer = PerCETrainer(model, args, None, data, processing_class=tokenizer, peft_config=lora)
+    assert not trainer.model.peft_config["default"].target_modules
+    trainer.train()
+    assert (tmp_path / "moe" / "checkpoint-1" / "adapter_model.safetensors").is_file()
+    saved = json.loads((tmp_path / "moe" / "checkpoint-1" / "trl_perce.json").read_text())
+    markers = {"persona_start_marker": "<persona>", "persona_end_marker": "</persona>"}
+    assert saved == {"max_length": None, "truncate_persona": True} | markers
+    card = ModelCard.load(tmp_path / "moe" / "README.md").text
+    assert "dropout 0, on mlp.experts.down_proj, mlp.experts.gate_up_proj" in card
+    assert _adapted(LoraConfig(target_parameters=["experts.up"])) == "experts.up"  # `target_modules` is `None` here
+    # Whatever else fails: the reason is told, and what is saved stays
+    card_file = tmp_path / "moe" / "README.md"
+    trainer.state.log_history = [{"loss": 1.0, "nll": "high"}]
+    trainer.create_model_card()
+    assert re.search("model card .*README.md could not be written: ValueError: .*format code", caplog.text)
+    assert card_file.is_file()
 
 
 def test_a_card_before_training_and_a_local_dataset(make_card, tmp_path):

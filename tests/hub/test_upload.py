@@ -71,7 +71,13 @@ def test_train_push_download_generate(hub, environment, train_argv, tmp_path):
     assert GOOD not in result.stdout + result.stderr
 
     files, folder = hub.repos["tester/zarq"], tmp_path / "adapter"
-    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= files.keys()
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+        "README.md",
+        "trl_perce.json",
+    } <= files.keys()
     assert (
         not any(name.startswith("checkpoint-") for name in files)
         and hub.commits["tester/zarq"][-1] == "End of training"

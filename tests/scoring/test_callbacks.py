@@ -100,3 +100,9 @@ def test_there_must_be_rows(make_args, tokenizer):
     trainer = make_trainer(make_args, tokenizer, packing=True, max_length=64)
     with pytest.raises(ValueError, match="is packed"):
         PerContrastCallback(trainer)
+
+
+def test_rows_are_scored_in_the_precision_of_the_training(make_args, tokenizer):
+    for bf16 in (True, False):
+        callback = PerContrastCallback(make_trainer(make_args, tokenizer, bf16=bf16), num_rows=1)
+        assert callback._scorer.args.bf16 is bf16

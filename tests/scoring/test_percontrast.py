@@ -23,6 +23,8 @@ from reference import (
 )
 from trl_perce import PerCEConfig, PerCETrainer, PerContrast, PerContrastConfig, PersonaError, TokenScores
 from trl_perce.benchmarks.persona_qa import load_rows
+from trl_perce.config import describe_precision
+from trl_perce.evaluation.arguments import GenerationArguments
 from trl_perce.persona.marks import describe, mark_persona
 from trl_perce.persona.masks import swap_persona, text_and_offsets
 from trl_perce.scoring.loading import find_adapter, load_model
@@ -125,6 +127,19 @@ def test_the_same_numbers_as_the_trainer(make_args, smollm2, monkeypatch, counte
     assert logs["eval_pir/personal_fraction"] == pytest.approx(sum(one.is_personal.sum() for one in scores) / tokens)
     tokens = [sum(getattr(one, name) for one in scores) for name in ("num_counterfactual_tokens", "num_tokens")]
     assert logs["eval_counterfactual/token_ratio"] == pytest.approx(tokens[0] / tokens[1])
+
+
+def test_a_model_runs_in_its_own_dtype_unless_autocast_is_asked_for(tokenizer):
+    model = make_tiny_model("llama")
+    own, plain, autocast = (
+        PerContrast(model, tokenizer, use_cpu=True, **kwargs).score(CONVERSATION).log_probs
+        for kwargs in ({}, {"bf16": False}, {"bf16": True})
+    )
+    assert own.tolist() == plain.tolist() != autocast.tolist()
+    args = GenerationArguments(use_cpu=True)
+    assert (args.bf16, args.fp16) == (False, False) and describe_precision(args, model.dtype) == "float32"
+    args = PerContrastConfig(use_cpu=True, bf16=True)
+    assert describe_precision(args, "auto") == "the model's own dtype, under bfloat16 autocast"
 
 
 def test_scores_do_not_depend_on_the_batch(double_scorer, tokenizer):

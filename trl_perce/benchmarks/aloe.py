@@ -26,7 +26,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ..evaluation.endpoint import Endpoint
-from ..evaluation.ratings import parse_rating, without_reasoning
+from ..evaluation.ratings import parse_rating
+from ..evaluation.thoughts import split_thought
 from ..utils.files import keep_settings, whole_lines, write_json, write_json_lines
 from .aloe_metrics import summarize
 
@@ -190,7 +191,7 @@ def _alternate(texts: list[str]) -> Messages:
 
 def clean_message(text: str) -> str:
     """A simulated user's message on one line, without reasoning and without stage directions (`*smiles*`)."""
-    return " ".join(re.sub(r"\*[^*]*\*", "", without_reasoning(text)).split())
+    return " ".join(re.sub(r"\*[^*]*\*", "", split_thought(text).answer).split())
 
 
 def recites(conversation: Conversation) -> bool:
@@ -299,7 +300,7 @@ class Aloe:
 
     def _ask_model(self, pending: list[Conversation], title: str) -> Iterable[str]:
         replies = self.responder([model_messages(c.messages, c.replies) for c in pending])
-        return map(without_reasoning, tqdm(replies, title, len(pending), disable=None))
+        return (split_thought(reply).answer for reply in tqdm(replies, title, len(pending), disable=None))
 
     def _ask_judge(self, pending: list[Conversation], title: str) -> Iterable[str]:
         return self.judge.ask([judge_messages(c.persona, c.messages[-1], c.replies[-1]) for c in pending], title)

@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from ..evaluation.thoughts import split_thought
+
 
 logger = logging.getLogger(__name__)
 
@@ -206,8 +208,8 @@ def _field(record: Any, name: str, kind: type, where: str) -> Any:
 
 def extract_answer(reply: str) -> str:
     """
-    The answer in a chat model's reply: its first line, without "Answer:" (or "Final answer:") before it, bold or not. Reasoning
-    up to `</think>` does not count; where it never ends, there is no answer.
+    The answer in a chat model's reply: its first line, without "Answer:" (or "Final answer:") before it, bold or not. A thought
+    before it ([`split_thought`]) does not count; where it never ends, there is no answer.
 
     Args:
         reply (`str`): The reply.
@@ -215,9 +217,7 @@ def extract_answer(reply: str) -> str:
     Returns:
         `str`: The answer, `""` if there is none.
     """
-    before, end, after = reply.rpartition("</think>")
-    text = after if end else "" if "<think>" in reply else reply
-    lines = _PREFIX.sub("", text).strip().splitlines()
+    lines = _PREFIX.sub("", split_thought(reply).answer).strip().splitlines()
     return lines[0].strip() if lines else ""
 
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from ..evaluation.endpoint import Endpoint
 from ..evaluation.nltk_data import missing_nltk_data
+from ..evaluation.thoughts import split_thought
 from ..evaluation.words import content_words
 from ..persona.masks import token_mask
 from ..scoring.scores import TokenScores
@@ -278,13 +279,13 @@ def read_judgement(rows: list[dict[str, Any]], replies: list[str]) -> Judgement:
 def parse_words(reply: str) -> list[str] | None:
     """
     The words in a model's reply: the last list of strings in it, in JSON or as Python writes it, alone, in an object, in a
-    code fence or in prose; without one, the items of a bulleted or numbered list, up to a colon, a dash or a bracket. What
-    stands before `</think>` does not count.
+    code fence or in prose; without one, the items of a bulleted or numbered list, up to a colon, a dash or a bracket. A
+    thought before it does not count.
 
     Returns:
         `list[str]` or `None`: The words; `[]` if the list is empty, `None` if there is no list.
     """
-    reply = reply.rpartition("</think>")[2]
+    reply = split_thought(reply).answer
     found = None
     for match in re.finditer(r"\[[^\[\]]*\]", reply):
         for read in (json.loads, ast.literal_eval):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.endpoint import Endpoint
+from ..evaluation.thoughts import split_thought
 from ..scoring.scores import WORD
 from ..utils.files import write_json_lines
 from .persona_qa import PROMPT, find_word
@@ -174,12 +175,12 @@ def check_replies(items: list[tuple[str, str]], replies: list[str]) -> BuiltRows
 
 def read_item(reply: str) -> dict[str, Any]:
     """
-    The last JSON object of a model's reply, alone, in a code fence or in prose. What stands before `</think>` does not count.
+    The last JSON object of a model's reply, alone, in a code fence or in prose. A thought before it does not count.
 
     Raises:
         `RejectedItem`: There is none.
     """
-    reply, found, position = reply.rpartition("</think>")[2], None, 0
+    reply, found, position = split_thought(reply).answer, None, 0
     while (position := reply.find("{", position)) >= 0:
         try:
             found, position = json.JSONDecoder().raw_decode(reply, position)

@@ -178,10 +178,11 @@ class AloeRun:
             args.simulator_model or args.judge_model,
             temperature=args.simulator_temperature,
             max_tokens=args.simulator_max_tokens,
+            keep_cut=True,
             **options,
         )
         if args.model_base_url:
-            limits = {"temperature": args.temperature, "max_tokens": args.max_new_tokens}
+            limits = {"temperature": args.temperature, "max_tokens": args.max_new_tokens, "keep_cut": True}
             responder: Responder = Endpoint(
                 args.model_base_url, model_args.model_name_or_path, **limits, **options
             ).ask

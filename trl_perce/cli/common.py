@@ -522,6 +522,38 @@ def check_known(parser, names: set[str], launch: bool = True) -> None:
         raise ValueError(f"unknown key or argument `{name}`. {hint}")
 
 
+def take_run_settings(args, argv: list[str], saved: str) -> None:
+    """
+    Take `max_length`, `truncate_persona` and the persona's markers from the training of what is loaded, where they are not given, and say
+    which value was taken from where.
+
+    Args:
+        args ([`PerContrastConfig`]): Gets them.
+        argv (`list[str]`): Arguments of the command. What stands there or in its YAML file, or is not the default, counts as given.
+        saved (`str`): Folder or name of the adapter, or of the model where there is none.
+    """
+    from trl_perce.hub.run_settings import NAME, read_run_settings
+
+    given = {arg.split("=")[0].lstrip("-").replace("-", "_") for arg in argv if arg.startswith("--")}
+    if "--config" in argv[:-1]:
+        given |= (read_yaml(argv[argv.index("--config") + 1]) or {}).keys()
+    taken = {}
+    for name, value in read_run_settings(saved).items():
+        if name in given or getattr(args, name) != type(args).__dataclass_fields__[name].default:
+            continue
+        room = getattr(args, "max_new_tokens", 0)
+        if name == "max_length" and value is not None and value <= room:
+            if is_main_process():
+                print(f"`max_length` is {args.max_length}: the training's {value} has no room for `max_new_tokens`.")
+            continue
+        if name == "max_length" or value != getattr(args, name):
+            taken[name] = value
+            setattr(args, name, value)
+    if taken and is_main_process():
+        values = ", ".join(f"{name} {value}" for name, value in taken.items())
+        print(f"As in the training: {values} ({saved.rstrip('/')}/{NAME})")
+
+
 def model_init_kwargs(model_args, args) -> dict[str, Any]:
     """What `from_pretrained` gets of the arguments, as in `trl/scripts/sft.py`; `model_init_kwargs` goes first."""
     return {

@@ -28,6 +28,7 @@ from .common import (
     number_of_processes,
     parse_with_launch,
     starts_one_process,
+    take_run_settings,
 )
 
 
@@ -111,7 +112,7 @@ def run(argv: list[str]) -> int:
         check_writable(args.output_dir)
         if not launched and not _starts_one_process(launch_args, args.use_cpu, options.use_vllm):
             return launch("evaluate", own, launch_args, args.use_cpu)
-        evaluation = _make_evaluation(script_args, options, args, model_args, dataset_args)
+        evaluation = _make_evaluation(script_args, options, args, model_args, dataset_args, own)
     except (ValueError, TypeError, OSError, ImportError) as error:  # `OSError`: there is no such file, or model
         fail("trl-perce evaluate", error, 2)
     _run(evaluation, script_args.update_model_card)
@@ -129,7 +130,7 @@ def _starts_one_process(launch_args: list[str], use_cpu: bool, use_vllm: bool) -
     return starts_one_process(launch_args, use_cpu)
 
 
-def _make_evaluation(script_args, options, args, model_args, dataset_args):
+def _make_evaluation(script_args, options, args, model_args, dataset_args, argv):
     from trl import get_quantization_config
 
     from trl_perce.evaluation.card import find_card
@@ -144,6 +145,7 @@ def _make_evaluation(script_args, options, args, model_args, dataset_args):
         args.model_init_kwargs["quantization_config"] = quantization
     rows, split = load_split(script_args, dataset_args, script_args.dataset_test_split, or_only=True)
     base, adapter = find_adapter(model_args.model_name_or_path, script_args.adapter)
+    take_run_settings(args, argv, adapter or base)
     if script_args.update_model_card:
         find_card(adapter or base)
     settings = {

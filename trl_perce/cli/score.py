@@ -28,6 +28,7 @@ from .common import (
     model_init_kwargs,
     parse_with_launch,
     starts_one_process,
+    take_run_settings,
 )
 
 
@@ -86,7 +87,8 @@ def make_parser():
             DatasetMixtureConfig: "mixture of datasets",
         },
         prog="trl-perce score",
-        description=f"{HELP}. Takes a training recipe with --config, whose arguments that do not matter here are ignored. "
+        description=f"{HELP}. Takes a training recipe with --config, whose arguments that do not matter here are ignored; one with "
+        "`bf16: true` is scored under autocast, as it trains, and otherwise the model runs in its own dtype. "
         "Writes scores.jsonl, heatmap.html, heatmap.png, report.md and report.json to --output_dir. Called again, it goes on "
         "where it stopped. Arguments of `accelerate launch` (--num_processes …) and --accelerate_config (a file, or the name of one "
         "of TRL's) choose the processes, which share the rows.",
@@ -119,7 +121,7 @@ def run(argv: list[str]) -> int:
         check_writable(args.output_dir)
         if not (launched or starts_one_process(launch_args, args.use_cpu)):
             return launch("score", own, launch_args, args.use_cpu)
-        run = ScoreRun(script_args, args, model_args, dataset_args)
+        run = ScoreRun(script_args, args, model_args, dataset_args, own)
     except (ValueError, TypeError, OSError) as error:  # `OSError`: there is no such file, or model
         fail("trl-perce score", error, 2)
     try:
@@ -143,12 +145,13 @@ class ScoreRun:
         args ([`PerContrastConfig`]): Configuration of the scores.
         model_args ([`~trl.ModelConfig`]): Says which model and quantization.
         dataset_args ([`~trl.DatasetMixtureConfig`]): Says which mixture of datasets, if any.
+        argv (`list[str]`): Arguments that were given: what is not among them is taken from the adapter's training.
 
     Raises:
         `ValueError`: Arguments, rows or earlier scores do not fit; the message says what to write instead.
     """
 
-    def __init__(self, script_args, args, model_args, dataset_args):
+    def __init__(self, script_args, args, model_args, dataset_args, argv):
         from trl_perce.scoring.loading import find_adapter, load_scoring_tokenizer
         from trl_perce.scoring.preparation import Preparation
         from trl_perce.scoring.score_file import ScoreFile, remove_scores
@@ -161,6 +164,7 @@ class ScoreRun:
         args.model_init_kwargs = model_init_kwargs(model_args, args)
         dataset, split = load_split(script_args, dataset_args, script_args.dataset_train_split)
         self.base, self.adapter = find_adapter(model_args.model_name_or_path, script_args.adapter)
+        take_run_settings(args, argv, self.adapter or self.base)
         try:
             self.tokenizer = load_scoring_tokenizer(self.base, self.adapter, args)
         except OSError as error:
@@ -203,15 +207,18 @@ class ScoreRun:
         """Write the report and the heatmaps, and print the first of both."""
         from rich.console import Console
 
+        from trl_perce.config import describe_precision
         from trl_perce.scoring.heatmap.page import write_html
         from trl_perce.scoring.heatmap.png import write_png
         from trl_perce.scoring.heatmap.terminal import print_heatmap
         from trl_perce.scoring.report import make_report, write_report
 
         folder, rows = Path(self.args.output_dir), self.script_args.png_rows
-        report = make_report(self.file, self.settings)
+        precision = describe_precision(self.args, (self.args.model_init_kwargs or {}).get("dtype"))
+        settings = self.settings | {"precision": precision}
+        report = make_report(self.file, settings)
         write_report(report, folder)
-        write_html(self.file, folder / "heatmap.html", self.settings, max_rows=self.script_args.heatmap_rows)
+        write_html(self.file, folder / "heatmap.html", settings, max_rows=self.script_args.heatmap_rows)
         write_png(self.file, folder / "heatmap.png", self.settings, num_rows=rows)
         console = Console(highlight=False)
         print_heatmap(self.file, console, num_rows=rows)

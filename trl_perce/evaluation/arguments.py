@@ -2,6 +2,7 @@
 
 """Configuration of an evaluation: how predictions are made, and what is measured. Each field is an option of the command."""
 
+import json
 import math
 from dataclasses import dataclass, field
 
@@ -15,7 +16,8 @@ class GenerationArguments(PerContrastConfig):
 
     [`GenerationArguments`] inherits every parameter of [`PerContrastConfig`], so that one object configures generation and
     scoring, and a training recipe can be used for both. `max_length`, `truncate_persona`, `chat_template_path`, `eos_token`,
-    the persona's markers, `bf16`, `fp16` and `seed` matter here.
+    the persona's markers, `bf16`, `fp16` and `seed` matter here. Like scoring, generation runs in the model's own dtype unless
+    `bf16` or `fp16` asks for autocast.
 
     Parameters:
         temperature (`float`, *optional*, defaults to `0.4`):
@@ -103,6 +105,11 @@ class EvaluationArguments:
             OpenAI-compatible endpoint of a judge ([`~judge.judge_predictions`]). The key is read from `OPENAI_API_KEY`.
         judge_model (`str`, *optional*):
             The judge's name there.
+        judge_max_tokens (`int`, *optional*, defaults to `512`):
+            Tokens that a reply of the judge may have, what it thinks included.
+        judge_extra_body (`dict[str, Any]` or `str`, *optional*):
+            What else the requests to the judge say, as a dictionary or in JSON, such as
+            `{"chat_template_kwargs": {"enable_thinking": false}}`.
         baseline (`str`, *optional*):
             Folder of another evaluation of the same rows, which this one is compared with, row by row.
         overwrite (`bool`, *optional*, defaults to `False`):
@@ -128,6 +135,16 @@ class EvaluationArguments:
     use_vllm: bool = field(default=False, metadata={"help": "Generate with vLLM."})
     judge_base_url: str | None = field(default=None, metadata={"help": "OpenAI-compatible endpoint of a judge."})
     judge_model: str | None = field(default=None, metadata={"help": "The judge's name at the endpoint."})
+    judge_max_tokens: int = field(
+        default=512, metadata={"help": "Tokens of a reply of the judge. One that thinks needs more."}
+    )
+    judge_extra_body: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON that goes into the requests to the judge, such as "
+            '\'{"chat_template_kwargs": {"enable_thinking": false}}\'.'
+        },
+    )
     baseline: str | None = field(
         default=None, metadata={"help": "Folder of another evaluation of the same rows to compare with."}
     )
@@ -138,3 +155,15 @@ class EvaluationArguments:
     def __post_init__(self):
         if (self.judge_base_url is None) != (self.judge_model is None):
             raise ValueError("`judge_base_url` and `judge_model` belong together. Set both, or neither.")
+        if self.judge_max_tokens < 1:
+            raise ValueError(f"`judge_max_tokens` is {self.judge_max_tokens}. Write a positive number of tokens.")
+        if isinstance(self.judge_extra_body, str):
+            try:
+                self.judge_extra_body = json.loads(self.judge_extra_body)
+            except json.JSONDecodeError:
+                pass  # named below
+        if not isinstance(self.judge_extra_body, dict | None):
+            raise ValueError(
+                f"`judge_extra_body` is {self.judge_extra_body!r}. Write a JSON object, such as "
+                '\'{"chat_template_kwargs": {"enable_thinking": false}}\'.'
+            )

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -29,19 +30,28 @@ class Endpoint:
 
     Needs `pip install 'trl_perce[judge]'`. The key is read from the environment variable `OPENAI_API_KEY`; local servers
     mostly take any, so without the variable a dummy is sent. It goes into the requests' header and nowhere else: not into the
-    file of answers, a log or an error, also where a server repeats it. Failed requests are repeated by the package `openai`.
+    file of answers, a log or an error, also where a server repeats it. Failed requests are repeated by the package `openai`. Where the
+    endpoint refuses `max_tokens` or `temperature` (reasoning models of OpenAI do), it gets `max_completion_tokens`, or no temperature.
 
     Args:
         base_url (`str`): Of the endpoint, such as `"http://localhost:8000/v1"`.
         model (`str`): Name of the model as the server knows it.
         temperature (`float`, *optional*, defaults to `0.0`): Of sampling. `transformers serve` heeds it only where the
             model's own generation configuration samples.
-        max_tokens (`int`, *optional*, defaults to `512`): Tokens that an answer may have.
+        max_tokens (`int`, *optional*, defaults to `512`): Tokens that an answer may have, what a reasoning model thinks included. An answer
+            that is cut off there is counted, and not kept in the file: with a larger budget, or another time, it is asked again.
         concurrency (`int`, *optional*, defaults to `4`): Requests at the same time.
         cache_path (`str` or `Path`, *optional*): File of finished answers, JSON lines `{"key", "answer"}`, made if it is
             not there. If `None`, nothing is kept.
         max_retries (`int`, *optional*, defaults to `5`): How often a failed request is repeated.
         timeout (`float`, *optional*, defaults to `600.0`): Seconds that a request may take.
+        extra_body (`dict[str, Any]`, *optional*): What else a request says, such as
+            `{"chat_template_kwargs": {"enable_thinking": False}}` (vLLM) or `{"reasoning_effort": "low"}`.
+        keep_cut (`bool`, *optional*, defaults to `False`): Whether a text that was cut off at `max_tokens` is an answer like others, kept
+            and not counted: for those whose length is limited on purpose, such as a simulated user's messages.
+
+    Attributes:
+        num_cut (`int`): How many requests of the last [`~Endpoint.ask`] have an answer that was cut off at `max_tokens`.
 
     Raises:
         `ImportError`: The package `openai` is not installed.
@@ -58,6 +68,8 @@ class Endpoint:
         cache_path: str | Path | None = None,
         max_retries: int = 5,
         timeout: float = 600.0,
+        extra_body: dict[str, Any] | None = None,
+        keep_cut: bool = False,
     ):
         try:
             import openai
@@ -73,13 +85,17 @@ class Endpoint:
         self.temperature = temperature
         self.max_tokens = max_tokens
         self.concurrency = concurrency
+        self.extra_body = extra_body
+        self.keep_cut = keep_cut
+        self.num_cut = 0
         self.cache_path = None if cache_path is None else Path(cache_path)
         key = os.environ.get("OPENAI_API_KEY") or "none"
         self._secret = (
             key if len(key) >= 8 else None
         )  # "none", "EMPTY", "x": local servers take any, there is nothing to hide
         self._client = openai.OpenAI(base_url=base_url, api_key=key, max_retries=max_retries, timeout=timeout)
-        self._error = openai.OpenAIError
+        self._error, self._status_error = openai.OpenAIError, openai.APIStatusError
+        self._refused: frozenset[str] = frozenset()  # parameters that this endpoint does not take
         self._lock = threading.Lock()
 
     def ask(
@@ -108,9 +124,10 @@ class Endpoint:
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in answers}
         if answers and keys:
             logger.info(f"{self.cache_path}: {len(set(keys)) - len(missing)} of {len(set(keys))} answers are known")
+        cut: list[str] = []  # keys
         executor = ThreadPoolExecutor(self.concurrency)
         try:
-            futures = {executor.submit(self._complete, key, request): key for key, request in missing.items()}
+            futures = {executor.submit(self._complete, key, request, cut): key for key, request in missing.items()}
             for future in tqdm(as_completed(futures), total=len(futures), desc=desc, disable=None):
                 answers[futures[future]] = future.result()
         except self._error as error:
@@ -128,22 +145,54 @@ class Endpoint:
             raise EndpointError(f"{message} {kept}") from cause
         finally:
             executor.shutdown(cancel_futures=True)  # on an error or Ctrl-C, nothing more is asked
+        self.num_cut = sum(key in cut for key in keys)
+        if self.num_cut:
+            logger.warning(
+                f"{self.num_cut} of {len(keys)} answers of {self.model!r} were cut off at {self.max_tokens} tokens. They are not kept. "
+                "Raise the budget (`max_tokens`; of a judge: `judge_max_tokens`), which thinking counts towards, or have the model "
+                "think less (`extra_body`)."
+            )
         return [answers[key] for key in keys]
 
-    def _request(self, messages: list[dict[str, str]]) -> dict:
-        return {
+    def _request(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+        request = {
             "model": self.model,
             "messages": messages,
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
         }
+        return request if self.extra_body is None else request | {"extra_body": self.extra_body}
 
-    def _complete(self, key: str, request: dict) -> str:
-        answer = self._client.chat.completions.create(**request).choices[0].message.content or ""
-        if self.cache_path is not None:
+    def _complete(self, key: str, request: dict[str, Any], cut: list[str]) -> str:
+        choice = self._create(request).choices[0]
+        answer = choice.message.content or ""
+        if choice.finish_reason == "length" and not (self.keep_cut and answer):
+            cut.append(key)
+        elif self.cache_path is not None:
             with self._lock:  # in the thread: an answer that comes after another request failed is kept too
                 _append(self.cache_path, key, answer)
         return answer
+
+    def _create(self, request: dict[str, Any]):
+        """A completion, without the parameters that the endpoint refuses: one try more for each of them."""
+        refused = self._refused
+        while True:
+            try:
+                completion = self._client.chat.completions.create(**_without(request, refused))
+            except self._status_error as error:
+                found = _refused_parameter(error) if error.status_code in (400, 422) else None
+                if found is None or found in refused:
+                    raise
+                refused |= {found}
+            else:
+                with self._lock:
+                    if new := refused - self._refused:
+                        self._refused |= refused
+                        logger.warning(
+                            f"{self.base_url} (model {self.model!r}) refuses {', '.join(f'`{name}`' for name in sorted(new))}: "
+                            "`max_completion_tokens` takes the place of `max_tokens`, the model's own temperature that of ours."
+                        )
+                return completion
 
     def _read_cache(self) -> dict[str, str]:
         if self.cache_path is None or not self.cache_path.exists():
@@ -161,6 +210,17 @@ class Endpoint:
                 "while it wrote). They are asked again."
             )
         return answers
+
+
+def _refused_parameter(error) -> str | None:
+    """Which of the parameters that have a substitute an error of an endpoint names."""
+    named = str(getattr(error, "param", None) or error)
+    return next((name for name in ("max_tokens", "temperature") if re.search(rf"\b{name}\b", named)), None)
+
+
+def _without(request: dict[str, Any], refused: frozenset[str]) -> dict[str, Any]:
+    sent = {name: value for name, value in request.items() if name not in refused}
+    return sent | {"max_completion_tokens": request["max_tokens"]} if "max_tokens" in refused else sent
 
 
 def _append(cache_path: Path, key: str, answer: str) -> None:

@@ -23,7 +23,7 @@ from peft import PeftModel
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 
-from ..config import copy_config
+from ..config import copy_config, describe_precision
 from ..persona.marks import PersonaError
 from ..scoring.loading import find_adapter, load_model, load_scoring_tokenizer
 from ..scoring.percontrast import PerContrast
@@ -88,7 +88,7 @@ def evaluate(
         say (`Callable[[str], None]`, *optional*): Takes a line about each step. By default it is logged.
 
     Returns:
-        `dict[str, Any]`: What `metrics.json` holds: `"rows"`, `"predicted"`, `"trimmed"`, `"settings"`, `"personal_by"`,
+        `dict[str, Any]`: What `metrics.json` holds: `"rows"`, `"predicted"`, `"unanswered"` (thoughts without an answer), `"trimmed"`, `"settings"`, `"personal_by"`,
             `"metrics"` (`{name: {"mean", "interval", "rows"}}`), `"judge"` and `"baseline"` (`None`, or `"folder"` and `"tests"`).
             Empty on other processes than the main one.
 
@@ -160,7 +160,8 @@ class Evaluation:
         if judge_url is not None and judge_model is not None:  # both, or neither
             judged, judge_values = self._judge(predictions, judge_url, judge_model)
             values |= judge_values
-        result = self._result(values, judged)
+        unanswered = sum("raw" in line and not line["prediction"] for line in predictions)
+        result = self._result(values, judged, unanswered)
         lines = [
             {"row": index, "id": row.get("id"), "user": self.users[index]}
             | {name: _plain(own[index]) for name, own in values.items()}
@@ -226,6 +227,11 @@ class Evaluation:
     @property
     def _scores_swapped(self) -> bool:
         return self.options.likelihood and self.options.swap_persona
+
+    @property
+    def _dtype(self) -> Any:
+        """Of the model's weights. A name's is what was asked for: a run that only goes on may never load it."""
+        return (self.args.model_init_kwargs or {}).get("dtype") if self.base is not None else self.model.dtype
 
     # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -346,15 +352,21 @@ class Evaluation:
         from .endpoint import Endpoint
         from .judge import judge_predictions
 
-        endpoint = Endpoint(base_url, model, cache_path=self.folder / "judge_answers.jsonl")
+        endpoint = Endpoint(
+            base_url,
+            model,
+            max_tokens=self.options.judge_max_tokens,
+            cache_path=self.folder / "judge_answers.jsonl",
+            extra_body=self.options.judge_extra_body,  # type: ignore[arg-type]  # parsed by now
+        )
         judged = judge_predictions(predictions, endpoint)
         judged.write(self.folder / "judge.jsonl", predictions)
         values = {f"judge/{name}": self._by_row(predictions, own) for name, own in judged.scores.items()}
-        return {"model": model, "criteria": judged.summary()}, values
+        return {"model": model, "criteria": judged.summary(), "cut": endpoint.num_cut}, values
 
     # ── results ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _result(self, values: dict[str, np.ndarray], judged: dict[str, Any] | None) -> dict[str, Any]:
+    def _result(self, values: dict[str, np.ndarray], judged: dict[str, Any] | None, unanswered: int) -> dict[str, Any]:
         trimmed = [prompt.trimmed for prompt in self.prompts if prompt.trimmed]
         compared = None
         if self.baseline is not None:
@@ -364,8 +376,9 @@ class Evaluation:
         return {
             "rows": len(self.rows),
             "predicted": len(self.prompts),
+            "unanswered": unanswered,
             "trimmed": {"rows": len(trimmed), "tokens": sum(trimmed)},
-            "settings": self.settings | used,
+            "settings": self.settings | used | {"precision": describe_precision(self.args, self._dtype)},
             "personal_by": self.personal_by,
             "metrics": summarise(values, self.groups),
             "judge": judged,

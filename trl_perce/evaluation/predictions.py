@@ -3,7 +3,6 @@
 """From a dataset's rows to prompts, and from generated tokens to the lines of `predictions.jsonl`."""
 
 import copy
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,13 +14,14 @@ from trl import is_conversational
 
 from ..persona.marks import PersonaError, describe, mark_persona, render
 from ..persona.masks import TokenBytes, byte_mask, persona_stretches, swap_persona, token_mask, trim_persona
+from .thoughts import opens_thought, split_thought
 from .uptake import other_personas
 
 
 logger = get_logger(__name__)
 
-# What a reasoning model thinks ahead of its answer. Cut off, it has no end.
-_THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
+# Tokens of a prompt's end that tell whether the template has opened a thought there
+_PROMPT_END = 16
 
 
 @dataclass(frozen=True)
@@ -138,22 +138,35 @@ def to_prediction(
 
     Returns:
         `dict[str, Any]`: `row`, `id`, `user`, `persona`, `query`, `prediction` (without special tokens, white space at its ends and a
-            reasoning model's `<think>…</think>`), `reference`, `num_tokens` (generated, without the end token) and `finished`
-            (whether there was an end token).
+            reasoning model's thought, and so empty where the thought has no end), `reference`, `num_tokens` (generated, thought included,
+            without the end token) and `finished` (whether there was an end token). Where there was a thought also `raw`, the whole text.
     """
     length = next((position for position, token in enumerate(tokens) if token in stop), len(tokens))
-    text = tokenizer.decode(tokens[:length], skip_special_tokens=True)
-    return {
+    raw = tokenizer.decode(tokens[:length])  # some models' marks of a thought are special tokens
+    reply = split_thought(raw, opens_thought(tokenizer.decode(prompt.input_ids[-_PROMPT_END:])))
+    if reply.thought is None:
+        text = tokenizer.decode(tokens[:length], skip_special_tokens=True)
+    else:
+        text = _without_special_tokens(reply.answer, tokenizer)
+    line = {
         "row": prompt.row,
         "id": prompt.id,
         "user": prompt.user,
         "persona": prompt.persona,
         "query": prompt.query,
-        "prediction": _THOUGHT.sub("", text, count=1).strip() if _THOUGHT.match(text) else text.strip(),
+        "prediction": text.strip(),
         "reference": prompt.reference,
         "num_tokens": length,
         "finished": length < len(tokens),
     }
+    return line | {"raw": raw} if reply.thought or reply.is_cut else line
+
+
+def _without_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special:
+            text = text.replace(token.content, "")
+    return text
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, generation_config=None) -> frozenset[int]:

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from .thoughts import split_thought
+
 
 T = TypeVar("T", float, np.ndarray)
 
@@ -19,7 +21,7 @@ def parse_rating(reply: str, name: str | None = None) -> int | None:
     """
     The rating in a judge's reply. A line counts if it is nothing but a number (`4`, `4/5`, `4 out of 5`), alone or behind
     "score", "rating" or the criterion's name and a colon or equals sign (`Score: 4`, `Coherence (1-5): 4`, `Final score =
-    4`, `{"score": 4}`). Markdown, bullets, quotes, a closing full stop and what stands before `</think>` do not matter.
+    4`, `{"score": 4}`). Markdown, bullets, quotes, a closing full stop and a thought before it ([`split_thought`]) do not matter.
 
     Nothing is guessed: all lines that count must give the same whole number from 1 to 5. Without such a line, with two
     different ones, or with a number out of range, there is no rating.
@@ -34,19 +36,12 @@ def parse_rating(reply: str, name: str | None = None) -> int | None:
     words = "|".join(re.escape(word) for word in (*_WORDS, *([name] if name else [])))
     label = rf"(?:(?:\w+\s+)?(?:{words})(?:\s+(?:score|rating))?(?:\s*\(\s*1\s*[-–]\s*5\s*\))?\s*[:=]\s*)?"
     line = re.compile(rf"(?:[-•]\s+)?{label}{_NUMBER}\s*\.?", re.IGNORECASE)
-    text = re.sub(r"[*_`\"'{}\[\]<>#]", "", without_reasoning(reply))
+    text = re.sub(r"[*_`\"'{}\[\]<>#]", "", split_thought(reply).answer)
     found = {float(match["number"]) for match in map(line.fullmatch, map(str.strip, text.splitlines())) if match}
     if len(found) != 1:
         return None
     rating = found.pop()
     return int(rating) if rating in range(LOWEST, HIGHEST + 1) else None
-
-
-def without_reasoning(reply: str) -> str:
-    """A reply without what a reasoning model thinks before it, up to `</think>`; empty where it never stopped thinking."""
-    if "</think>" not in reply and reply.lstrip().startswith("<think>"):
-        return ""
-    return reply.rpartition("</think>")[2].strip()
 
 
 def to_percent(ratings: T) -> T:

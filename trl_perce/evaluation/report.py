@@ -122,6 +122,11 @@ def _remarks(result: dict[str, Any]) -> list[str]:
         remarks.append(
             f"{rows - predicted} of {rows} rows have no prediction: their prompts are too long for `max_length`."
         )
+    if result["unanswered"]:
+        remarks.append(
+            f"{result['unanswered']} of {predicted} predictions are empty: the model thought until `max_new_tokens` was used up, or ended "
+            "without an answer. They are counted as they are. Raise `max_new_tokens`, or switch thinking off."
+        )
     if trimmed["rows"]:
         remarks.append(
             f"The personas of {trimmed['rows']} of {rows} prompts were trimmed to fit into `max_length` with "
@@ -140,6 +145,7 @@ def _remarks(result: dict[str, Any]) -> list[str]:
         unparsable = sum(criterion["unparsable"] for criterion in result["judge"]["criteria"].values())
         remarks.append(
             f"judge/…: ratings from 1 to 5 by {result['judge']['model']}; {unparsable} replies could not be read."
+            + (f" {cut} were cut off: raise `judge_max_tokens`." if (cut := result["judge"]["cut"]) else "")
         )
     if result["baseline"] is not None:
         remarks.append(

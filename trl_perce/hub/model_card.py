@@ -206,19 +206,16 @@ def _settings(trainer) -> list[tuple[str, Any]]:
     ]
     if isinstance(model, PeftModel) and model.active_peft_config.peft_type == "LORA":
         config = model.active_peft_config
-        targets = config.target_modules
-        found.append(
-            (
-                "LoRA",
-                f"r {config.r}, alpha {config.lora_alpha}, dropout {config.lora_dropout:g}, on "
-                + (
-                    targets
-                    if isinstance(targets, str)
-                    else ", ".join(sorted({name.split(".")[-1] for name in targets}))
-                ),
-            )
-        )
+        shape = f"r {config.r}, alpha {config.lora_alpha}, dropout {config.lora_dropout:g}"
+        found.append(("LoRA", f"{shape}, on {_adapted(config)}"))
     quantization = getattr(model.config, "quantization_config", None)
     if quantization is not None:
         found.append(("quantization of the base model", str(quantization.quant_method.value)))
     return found
+
+
+def _adapted(config) -> str:
+    """What a LoRA sits on: modules, and parameters that are no module's weight (the experts of a mixture)."""
+    targets, parameters = config.target_modules or (), getattr(config, "target_parameters", None) or ()
+    modules = [targets] if isinstance(targets, str) else sorted({name.split(".")[-1] for name in targets})
+    return ", ".join([*modules, *sorted({*parameters})]) or "PEFT's default modules"

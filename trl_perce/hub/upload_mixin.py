@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A trainer's uploads: they try again, failures in the background are told, and the model card is ours."""
+"""What a trainer saves beside a model, and its uploads: they try again, failures in the background are told, the model card is ours."""
 
 from concurrent.futures import Future
 from weakref import WeakSet
 
+from accelerate.logging import get_logger
 from transformers import Trainer
 
 from ..utils.files import is_disk_error
 from .model_card import write_model_card
+from .run_settings import write_run_settings
 from .upload import UPLOAD_ERRORS, upload_again, warn_if_failed
+
+
+logger = get_logger(__name__)
 
 
 class UploadMixin(Trainer):
@@ -21,6 +26,11 @@ class UploadMixin(Trainer):
 
     def _send_telemetry(self):
         pass  # no request that nobody asked for
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if self.args.should_save:  # ahead of the model: what pushes comes last
+            write_run_settings(self.args, output_dir or self.args.output_dir)
+        super().save_model(output_dir, _internal_call)
 
     def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
         try:
@@ -40,6 +50,13 @@ class UploadMixin(Trainer):
                 job.add_done_callback(lambda job: warn_if_failed(job, self.hub_model_id, self.args))
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        super().create_model_card(model_name, dataset_name, tags)
-        if self.is_world_process_zero():
-            write_model_card(self, model_name, dataset_name)
+        # It is written with each checkpoint: whatever fails in it, training goes on
+        try:
+            super().create_model_card(model_name, dataset_name, tags)
+            if self.is_world_process_zero():
+                write_model_card(self, model_name, dataset_name)
+        except Exception as error:
+            logger.warning(
+                f"The model card {self.args.output_dir}/README.md could not be written: {type(error).__name__}: {error}. "
+                "The model is saved without it."
+            )

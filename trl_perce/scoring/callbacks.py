@@ -12,7 +12,7 @@ import pandas as pd
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from ..config import PerContrastConfig, copy_config
+from ..config import PerContrastConfig, copy_config, describe_precision
 from .heatmap.page import write_html
 from .percontrast import PerContrast
 from .scores import TokenScores
@@ -35,7 +35,7 @@ class PerContrastCallback(TrainerCallback):
     Personas and responses do not go to the Hub: with `push_to_hub` heatmaps are written to `_percontrast` in the `output_dir`, which
     is not uploaded, and TensorBoard, whose files are, gets no table.
 
-    Training goes on as it would without it. With several processes, each scores the same rows, and the first writes.
+    Training goes on as it would without it, and rows are scored in its precision (`bf16`, `fp16`). With several processes, each scores the same rows, and the first writes.
 
     Example:
 
@@ -87,6 +87,7 @@ class PerContrastCallback(TrainerCallback):
                 "model": self.trainer.model.config.name_or_path,
                 "adapter": None,
                 "dataset": f"rows of the evaluation at step {state.global_step}",
+                "precision": describe_precision(self._scorer.args, self.trainer.model.dtype),
                 **{name: getattr(args, name) for name in ("counterfactual", "weight_clip_min", "weight_clip_max")},
             }
             write_html(self._scores, path, settings)

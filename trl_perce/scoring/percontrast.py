@@ -44,7 +44,8 @@ class PerContrast:
 
     `PIR(y_i; θ) = log P_θ(y_i | p, x, y_<i) − log P_θ(y_i | x, y_<i)`
 
-    Rows are prepared and batched as [`PerCETrainer`] does it, so the scores are those that it would train with. Rows are sorted
+    Rows are prepared and batched as [`PerCETrainer`] does it. The model runs in its own dtype; with `bf16=True` (or `fp16=True`) it runs
+    under autocast, as in a training with that setting, and the scores are those that it would train with. Rows are sorted
     by length, only the tokens of the response are scored, and a row without a persona pays no counterfactual pass.
 
     On several processes (Accelerate) each scores all rows that it is given, and has all scores; those of a model in parts must give the

@@ -307,7 +307,7 @@ def _markdown(report: dict[str, Any]) -> str:
         "model": report["settings"]["model"],
         **({} if adapter is None else {"adapter": adapter}),
         "dataset": report["settings"]["dataset"],
-        "counterfactual": report["settings"]["counterfactual"],
+        **{name: report["settings"][name] for name in ("counterfactual", "precision") if name in report["settings"]},
     }
     sections = [
         f"**Is this data worth PerCE? {answer}.** {verdict['text']}",

@@ -66,7 +66,7 @@ def _settings_lines(settings: dict[str, Any]) -> dict[str, str]:
         "model": str(settings["model"]),
         **adapter,
         "dataset": str(settings["dataset"]),
-        "counterfactual": str(settings["counterfactual"]),
+        **{name: str(settings[name]) for name in ("counterfactual", "precision") if name in settings},
         "weight": f"PIR clipped to [{settings['weight_clip_min']:g}, {settings['weight_clip_max']:g}]",
     }
 
