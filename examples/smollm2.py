@@ -10,9 +10,9 @@ safetensors.
 With access to the Hub, `HuggingFaceTB/SmolLM2-135M-Instruct` is the same model before its 4-bit GGUF quantization.
 """
 
+import argparse
 import importlib.util
 import shutil
-import sys
 from pathlib import Path
 
 
@@ -64,4 +64,8 @@ def ensure_smollm2(folder: str | Path = DEFAULT_FOLDER) -> str:
 
 
 if __name__ == "__main__":
-    print(ensure_smollm2(*sys.argv[1:2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "folder", nargs="?", default=DEFAULT_FOLDER, help=f"where it shall lie (default {DEFAULT_FOLDER})"
+    )
+    print(ensure_smollm2(parser.parse_args().folder))

@@ -220,8 +220,9 @@ def test_real_judge(server, smollm2, tmp_path):
     assert requests_of(log) == before + 3
     assert len(judgement.spans) == 3
     assert judgement.unparseable <= 3 and judgement.rejected <= judgement.words
-    replies = [json.loads(line)["answer"] for line in (tmp_path / "judge.jsonl").read_text().splitlines()]
-    assert len(replies) == 3 - endpoint.num_cut and all(replies)  # the model did say something
+    kept = tmp_path / "judge.jsonl"  # not there if all answers were cut, which this model's may be
+    replies = [json.loads(line)["answer"] for line in kept.read_text().splitlines()] if kept.exists() else []
+    assert len(replies) == 3 - endpoint.num_cut and all(replies)
     assert judge_words(rows, Endpoint(url, smollm2, **options)) == judgement
     assert requests_of(log) == before + 3 + endpoint.num_cut
 
