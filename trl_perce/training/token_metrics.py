@@ -67,10 +67,10 @@ class TokenMetrics:
         tokens, nll, weight, at_min, at_max, paired, pir, personal, ours, theirs = self.accelerator.reduce(
             total, reduction="sum"
         ).tolist()
-        metrics = {"counterfactual/token_ratio": ours / theirs}
+        metrics = {}
         if tokens:
             metrics |= {"nll": nll / tokens, "weight/mean": weight / tokens}
             metrics |= {"weight/at_min": at_min / tokens, "weight/at_max": at_max / tokens}
         if paired:
             metrics |= {"pir/mean": pir / paired, "pir/personal_fraction": personal / paired}
-        return metrics
+        return metrics | {"counterfactual/token_ratio": ours / theirs}
