@@ -67,7 +67,7 @@ class TokenMetrics:
         tokens, nll, weight, at_min, at_max, paired, pir, personal, ours, theirs = self.accelerator.reduce(
             total, reduction="sum"
         ).tolist()
-        metrics = {}
+        metrics: dict[str, float] = {}
         if tokens:
             metrics |= {"nll": nll / tokens, "weight/mean": weight / tokens}
             metrics |= {"weight/at_min": at_min / tokens, "weight/at_max": at_max / tokens}
