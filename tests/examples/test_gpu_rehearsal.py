@@ -52,12 +52,19 @@ def test_rehearsal(tmp_path):
     assert json.loads((tmp_path / "merged" / "gpu.json").read_text())["sections"] == sections
 
 
+def _is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_a_section_is_stopped_at_its_limit_with_all_that_it_started(tmp_path):
     code = "import subprocess, sys; p = subprocess.Popen(['sleep', '300']); print(p.pid, flush=True); p.wait()"
     started = time.monotonic()
     assert run(["-c", code], 3, tmp_path / "log") == "stopped" and time.monotonic() - started < 30
     child = int((tmp_path / "log").read_text())
-    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:  # it takes a moment
+    while _is_running(child):  # it takes a moment to end
         assert time.monotonic() - started < 30
         time.sleep(0.05)
     assert run(["-c", "raise SystemExit(1)"], 30, tmp_path / "log") == "failed"
