@@ -235,8 +235,7 @@ def test_two_processes_score_and_evaluate_as_one_and_go_on_with_what_killed_ones
     (second,) = (worker for worker in workers if worker.environ().get("RANK") == "1")
     second.send_signal(signal.SIGKILL)
     _, errors = launcher.communicate(timeout=60)
-    # What is left may meet the broken connection before the launcher ends it, and then says so
-    assert launcher.returncode == 128 + signal.SIGKILL, errors
+    assert launcher.returncode == 128 + signal.SIGKILL and "Traceback" not in errors
     assert "trl-perce score: error: process 1 was ended by SIGKILL" in errors
     assert not any(worker.is_running() for worker in workers) and not (two / "run-scores" / "scores.jsonl").exists()
     finished = [part.read_bytes().count(b"\n") for part in parts]

@@ -119,13 +119,25 @@ def is_main_process() -> bool:
 
 @contextmanager
 def _main_process_first() -> Iterator[None]:
-    """An error of another process than the main one waits: it may only be that the main one has ended, which has said why."""
+    """
+    An error waits where another process has to do with it, until the launcher ends this one: an error of another process than the main
+    one may only be that the main one has ended, which has said why; that a connection broke, that the other process was killed.
+    """
     try:
         yield
-    except Exception:
-        if not is_main_process():
-            time.sleep(_PATIENCE)  # which the launcher ends, once a process has failed
+    except Exception as error:
+        if not is_main_process() or _is_broken_connection(error):
+            time.sleep(_PATIENCE)
         raise
+
+
+def _is_broken_connection(error: Exception) -> bool:
+    """Whether an error is of the processes' talk with each other. Gloo has no class for it."""
+    if not is_worker():
+        return False
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 def say_error(program: str, error: object) -> None:
@@ -522,6 +534,11 @@ def check_known(parser, names: set[str], launch: bool = True) -> None:
         raise ValueError(f"unknown key or argument `{name}`. {hint}")
 
 
+def given_arguments(argv: list[str]) -> set[str]:
+    """Names of the arguments that stand on a command line, without dashes."""
+    return {arg.split("=")[0].lstrip("-").replace("-", "_") for arg in argv if arg.startswith("--")}
+
+
 def take_run_settings(args, argv: list[str], saved: str) -> None:
     """
     Take `max_length`, `truncate_persona` and the persona's markers from the training of what is loaded, where they are not given, and say
@@ -534,7 +551,7 @@ def take_run_settings(args, argv: list[str], saved: str) -> None:
     """
     from trl_perce.hub.run_settings import NAME, read_run_settings
 
-    given = {arg.split("=")[0].lstrip("-").replace("-", "_") for arg in argv if arg.startswith("--")}
+    given = given_arguments(argv)
     if "--config" in argv[:-1]:
         given |= (read_yaml(argv[argv.index("--config") + 1]) or {}).keys()
     taken = {}
