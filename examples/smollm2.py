@@ -48,7 +48,8 @@ def ensure_smollm2(folder: str | Path = DEFAULT_FOLDER) -> str:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.bfloat16)
+    # In float32, in which Transformers (5.24) dequantizes it, and rounded behind it: the same weights, without its advice
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32).to(torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     # The weights were dequantized on loading: without this the model would be saved as a GGUF-quantized one.
     del model.config.quantization_config
