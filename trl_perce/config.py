@@ -311,6 +311,19 @@ def _read_numbers(args, *names: str) -> None:
         setattr(args, name, number)
 
 
+def autocast_dtype(args: PerCEConfig) -> torch.dtype | None:
+    """
+    In which dtype a model runs under autocast.
+
+    Args:
+        args ([`PerCEConfig`]): Gives `bf16` and `fp16`.
+
+    Returns:
+        `torch.dtype` or `None`: `None` where there is no autocast.
+    """
+    return torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
+
+
 def describe_precision(args: PerContrastConfig, dtype: object = None) -> str:
     """
     In which precision a model runs, for reports.
@@ -323,8 +336,8 @@ def describe_precision(args: PerContrastConfig, dtype: object = None) -> str:
         `str`: Such as `"float32"` or `"float32, under bfloat16 autocast"`.
     """
     name = "the model's own dtype" if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
-    autocast = "float16" if args.fp16 else "bfloat16" if args.bf16 else None
-    return name if autocast is None else f"{name}, under {autocast} autocast"
+    autocast = autocast_dtype(args)
+    return name if autocast is None else f"{name}, under {str(autocast).removeprefix('torch.')} autocast"
 
 
 def copy_config(args: PerCEConfig, cls: type[PerCEConfig] | None = None, **changes) -> PerCEConfig:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from flops import Row
 from measure import Run, be_quiet, environment, train, within_memory
 from shapes import CONFIGS, QUANTIZATIONS, build_model
-from trl_perce.utils.files import written_whole
+from trl_perce.utils.files import write_json, write_text
 
 
 GIB = 2**30
@@ -107,10 +107,8 @@ def main(arguments: list[str] | None = None) -> None:
         for length in args.lengths:
             for found in tries(model, quantization, length, args.memory_gb, device):
                 entries.append({"model": name, "quantization": quantization, "length": length, **found})
-                with written_whole(path) as part:
-                    part.write_text(json.dumps({"environment": environment(), "entries": entries}, indent=1))
-                with written_whole(args.output_dir / "fits.md") as part:
-                    part.write_text(markdown(entries))
+                write_json(path, {"environment": environment(), "entries": entries}, indent=1)
+                write_text(args.output_dir / "fits.md", markdown(entries))
         del model
         gc.collect()
     print(markdown(entries))

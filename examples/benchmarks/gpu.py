@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cost_report import markdown
+from trl_perce.utils.files import write_json, write_text
 
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -66,20 +67,7 @@ def _right(args):
 def _cost(args):
     """First eight rows at a time, which keep the card busy; then one at a time, where a fast card waits for the host."""
     if args.rehearse:
-        cells = [
-            [
-                "--models",
-                "tiny",
-                "--profiles",
-                "topics",
-                "--accumulation",
-                "2",
-                "--rounds",
-                "1",
-                "--steps_per_epoch",
-                "2",
-            ]
-        ]
+        cells = ["--models tiny --profiles topics --accumulation 2 --rounds 1 --steps_per_epoch 2".split()]
     else:
         model = ["--models", "qwen3-4b", "--quantization", "nf4", "--rounds", "2"]
         busy = [*model, "--profiles", *TASKS, "--batch_size", "8", "--accumulation", "1", "--steps_per_epoch", "4"]
@@ -190,13 +178,8 @@ def write(args: argparse.Namespace, report: dict) -> None:
                 "",
             ]
             lines += [found["markdown"]]
-    for path, text in (
-        (args.output_dir / "gpu.json", json.dumps(report, indent=1)),
-        (args.output_dir / "gpu.md", "\n".join(lines)),
-    ):
-        part = path.with_name(path.name + ".part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+    write_json(args.output_dir / "gpu.json", report, indent=1)
+    write_text(args.output_dir / "gpu.md", "\n".join(lines))
 
 
 def why_not(name: str, args: argparse.Namespace) -> str | None:

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
+from trl_perce.utils.files import write_json, write_text
+
 
 SETTINGS = {
     "chats": {"learning_rate": 1e-3, "per_device_train_batch_size": 16},
@@ -136,14 +138,7 @@ def run_one(task: str, seed: int, args: argparse.Namespace) -> None:
         result["seconds"][method] = time.perf_counter() - started
         scorer = PerContrast(trainer.model, trainer.processing_class, **scoring)
         result["methods"][method], _ = values_of(task, scorer, test, reference)
-        write(args.output_dir / f"{task}-{seed}.json", json.dumps(result))
-
-
-def write(path: Path, text: str) -> None:
-    from trl_perce.utils.files import written_whole
-
-    with written_whole(path) as part:
-        part.write_text(text)
+        write_json(args.output_dir / f"{task}-{seed}.json", result)
 
 
 def aggregate(runs: list[dict]) -> tuple[dict, str]:
@@ -206,8 +201,8 @@ def main() -> None:
     def report() -> None:
         runs = [json.loads(path.read_text()) for path in sorted(args.output_dir.glob("*-*.json"))]
         summary, table = aggregate(runs)
-        write(args.output_dir / "helps.json", json.dumps({"summary": summary, "runs": runs}))
-        write(args.output_dir / "helps.md", table)
+        write_json(args.output_dir / "helps.json", {"summary": summary, "runs": runs})
+        write_text(args.output_dir / "helps.md", table)
 
     jobs = [(task, seed) for seed in args.seeds for task in args.tasks]
     jobs = [(task, seed) for task, seed in jobs if not is_done(args.output_dir / f"{task}-{seed}.json")]

@@ -31,7 +31,7 @@ from cost_report import markdown, plot
 from flops import Row, step_ratio_floor
 from measure import VARIANTS, Run, be_quiet, environment, train, within_memory
 from shapes import CONFIGS, LORA_RANK, build_model
-from trl_perce.utils.files import written_whole
+from trl_perce.utils.files import write_json, write_text
 
 
 # LongLaMP's mean prompt lengths with and without persona, in tokens of Qwen3 (Table 6 of the paper)
@@ -181,12 +181,6 @@ def measured_before(entries: list[dict], settings: dict) -> bool:
     return any(entry["settings"] == settings and entry["environment"]["device"] == device for entry in entries)
 
 
-def write(path: Path, text: str) -> None:
-    """The whole file or none."""
-    with written_whole(path) as part:
-        part.write_text(text, encoding="utf-8")
-
-
 def measure_all(args: argparse.Namespace) -> None:
     path = args.output_dir / "step_cost.json"
     report = json.loads(path.read_text()) if path.exists() else {"cells": []}
@@ -203,8 +197,8 @@ def measure_all(args: argparse.Namespace) -> None:
             results = measure_cell(model, settings, args.device, progress)
             cell = {"rows": rows, "settings": settings, "environment": environment(), "results": results}
             report["cells"].append(cell)
-            write(path, json.dumps(report, indent=1))
-            write(path.with_suffix(".md"), markdown(report))
+            write_json(path, report, indent=1)
+            write_text(path.with_suffix(".md"), markdown(report))
             plot(report, args.output_dir)
     print(markdown(report))
 

@@ -28,7 +28,7 @@ from measure import Run, be_quiet, environment, train
 from shapes import CONFIGS, LORA_RANK, QUANTIZATIONS, build_model
 from step_cost import PROFILES, RESPONSE
 from trl_perce import PerCETrainer
-from trl_perce.utils.files import written_whole
+from trl_perce.utils.files import write_text
 
 
 STEPS = 4  # the first warms up, the last is profiled
@@ -139,8 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         texts = {"json": json.dumps(result, indent=1), "md": "\n".join([*lines, ""]), "txt": table}
         for ending, text in texts.items():
-            with written_whole(args.output_dir / f"where_time_goes.{ending}") as part:
-                part.write_text(text)
+            write_text(args.output_dir / f"where_time_goes.{ending}", text)
     print(texts["md"])
 
 

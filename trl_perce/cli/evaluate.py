@@ -20,6 +20,7 @@ from .common import (
     end_processes,
     explain_stops,
     fail,
+    given_arguments,
     is_main_process,
     is_worker,
     launch,
@@ -36,13 +37,11 @@ HELP = "Generate predictions and measure overlap with the references, use of the
 
 
 def make_parser():
-    from transformers import TrainingArguments
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-    from trl_perce import PerCEConfig, PerContrastConfig
     from trl_perce.evaluation.arguments import EvaluationArguments, GenerationArguments
 
-    from .parser import GroupedParser
+    from .parser import GroupedParser, titles_of_recipe
 
     @dataclass
     class EvaluateArguments(ScriptArguments):
@@ -70,13 +69,7 @@ def make_parser():
             EvaluationArguments: "evaluation",
             EvaluateArguments: "rows, adapter and model card",
             GenerationArguments: "generation",
-            PerContrastConfig: "PerContrast",
-            PerCEConfig: "PerCE",
-            ScriptArguments: "data",
-            ModelConfig: "model, adapter and quantization",
-            SFTConfig: "of a recipe: TRL's SFT",
-            TrainingArguments: "of a recipe: Transformers' trainer",
-            DatasetMixtureConfig: "mixture of datasets",
+            **titles_of_recipe(),
         },
         prog="trl-perce evaluate",
         description=f"{HELP}. Takes a training recipe with --config, whose arguments that do not matter here are ignored: give "
@@ -107,7 +100,7 @@ def run(argv: list[str]) -> int:
             make_parser(), argv
         )
         check_script_args(script_args, model_args, dataset_args)
-        if not any(arg.split("=")[0].replace("-", "_") == "__output_dir" for arg in argv):
+        if "output_dir" not in given_arguments(argv):
             args.output_dir = f"{args.output_dir.rstrip('/')}-evaluation"  # a recipe's is that of the training
         check_writable(args.output_dir)
         if not launched and not _starts_one_process(launch_args, args.use_cpu, options.use_vllm):

@@ -5,7 +5,23 @@
 from dataclasses import fields
 from typing import Any
 
-from trl import TrlParser
+from transformers import TrainingArguments
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+
+def titles_of_recipe() -> dict[type, str]:
+    """Titles for a command that takes the recipe of a training: of what it shares with it, in the order of the help."""
+    from trl_perce import PerCEConfig, PerContrastConfig
+
+    return {
+        PerContrastConfig: "PerContrast",
+        PerCEConfig: "PerCE",
+        ScriptArguments: "data",
+        ModelConfig: "model, adapter and quantization",
+        SFTConfig: "of a recipe: TRL's SFT",
+        TrainingArguments: "of a recipe: Transformers' trainer",
+        DatasetMixtureConfig: "mixture of datasets",
+    }
 
 
 class GroupedParser(TrlParser):

@@ -83,19 +83,12 @@ def make_steps(settings):
     from trl_perce.cli import aloe, evaluate, train
     from trl_perce.reproduce.steps import Command, Steps
 
-    commands = {"train": train, "evaluate": evaluate, "aloe": aloe}
-    return Steps(
-        settings,
-        {
-            name: Command(command.run, {option.lstrip("-") for option in command.make_parser()._option_string_actions})
-            for name, command in commands.items()
-        },
-    )
+    modules = {"train": train, "evaluate": evaluate, "aloe": aloe}
+    return Steps(settings, {name: Command(module.run, module.make_parser()) for name, module in modules.items()})
 
 
 def _read(args: argparse.Namespace):
     """The grid's steps; those that are done have their results. All that is wrong with the file is found here."""
-    from trl_perce.cli import evaluate, train
     from trl_perce.cli.common import check_known, check_writable
     from trl_perce.reproduce.settings import load_settings
 
@@ -103,10 +96,9 @@ def _read(args: argparse.Namespace):
     settings = load_settings(args.config, **changes)
     check_writable(settings.output_dir)
     steps = make_steps(settings)
-    parser = train.make_parser()
     for step in steps.train.values():
-        check_known(parser, {*step.settings["recipe"]}, launch=False)
-    check_known(evaluate.make_parser(), {*settings.evaluation}, launch=False)
+        check_known(steps.commands["train"].parser, {*step.settings["recipe"]}, launch=False)
+    check_known(steps.commands["evaluate"].parser, {*settings.evaluation}, launch=False)
     for step in steps.all():
         step.read()
     return steps

@@ -21,6 +21,7 @@ from .common import (
     end_processes,
     explain_stops,
     fail,
+    given_arguments,
     is_main_process,
     is_worker,
     launch,
@@ -50,12 +51,11 @@ _SETTINGS = [
 
 
 def make_parser():
-    from transformers import TrainingArguments
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-    from trl_perce import PerCEConfig, PerContrastConfig
+    from trl_perce import PerContrastConfig
 
-    from .parser import GroupedParser
+    from .parser import GroupedParser, titles_of_recipe
 
     @dataclass
     class ScoreArguments(ScriptArguments):
@@ -76,16 +76,7 @@ def make_parser():
 
     return GroupedParser(
         (ScoreArguments, PerContrastConfig, ModelConfig, DatasetMixtureConfig),
-        {
-            ScoreArguments: "scoring",
-            PerContrastConfig: "PerContrast",
-            PerCEConfig: "PerCE",
-            ScriptArguments: "data",
-            ModelConfig: "model, adapter and quantization",
-            SFTConfig: "of a recipe: TRL's SFT",
-            TrainingArguments: "of a recipe: Transformers' trainer",
-            DatasetMixtureConfig: "mixture of datasets",
-        },
+        {ScoreArguments: "scoring", **titles_of_recipe()},
         prog="trl-perce score",
         description=f"{HELP}. Takes a training recipe with --config, whose arguments that do not matter here are ignored; one with "
         "`bf16: true` is scored under autocast, as it trains, and otherwise the model runs in its own dtype. "
@@ -116,7 +107,7 @@ def run(argv: list[str]) -> int:
     try:
         (script_args, args, model_args, dataset_args), launch_args, own = parse_with_launch(make_parser(), argv)
         check_script_args(script_args, model_args, dataset_args)
-        if not any(arg.split("=")[0].replace("-", "_") == "__output_dir" for arg in argv):
+        if "output_dir" not in given_arguments(argv):
             args.output_dir = f"{args.output_dir.rstrip('/')}-scores"  # a recipe's is that of the training
         check_writable(args.output_dir)
         if not (launched or starts_one_process(launch_args, args.use_cpu)):
@@ -192,16 +183,16 @@ class ScoreRun:
         from trl_perce.scoring.loading import load_model
 
         done = len(self.file.done)
-        if self.prepared.num_rows != done:
+        is_missing = self.prepared.num_rows != done
+        if is_missing:
             if done and is_main_process():
                 print(f"{done} rows are scored already.")
             model = load_model(self.base, self.adapter, self.args, get_quantization_config(self.model_args))
             scorer, started = PerContrast(model, self.tokenizer, self.args), time.time()
             self.file.append(scorer.iterate(self.prepared, frozenset(self.file.done), self.file.share()))
-            self.file.finish()
-            if is_main_process():
-                print(f"Scored {len(self.file.done) - done} rows in {time.time() - started:.1f} s.")
         self.file.finish()
+        if is_missing and is_main_process():
+            print(f"Scored {len(self.file.done) - done} rows in {time.time() - started:.1f} s.")
 
     def show(self) -> None:
         """Write the report and the heatmaps, and print the first of both."""

@@ -36,6 +36,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
 
+from ..config import autocast_dtype
 from ..scoring.loading import find_adapter, load_model, load_scoring_tokenizer
 from ..scoring.preparation import Preparation
 from ..training.checks import keep_4bit_weights_trainable_on_cpu, load_tokenizer
@@ -173,7 +174,7 @@ class TransformersGenerator(_Generator):
             return "does not go with `guidance_scale`"
         if not self._has_plain_cache:
             return "needs a model that is all attention over a cache, and no prompt tuning"
-        if self._autocast_dtype not in (None, self._base.dtype):
+        if autocast_dtype(self.args) not in (None, self._base.dtype):
             return f"keeps its cache in the model's dtype, {self._base.dtype}, and `bf16` or `fp16` asks for another"
         return None
 
@@ -321,12 +322,9 @@ class TransformersGenerator(_Generator):
     def _random_numbers(self, rows: list[int]) -> dict[int, torch.Generator]:
         return {row: torch.Generator(self._device).manual_seed(row_seed(self.args.seed, row)) for row in rows}
 
-    @property
-    def _autocast_dtype(self) -> torch.dtype | None:
-        return torch.float16 if self.args.fp16 else torch.bfloat16 if self.args.bf16 else None
-
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None)
+        dtype = autocast_dtype(self.args)
+        return torch.autocast(self._device.type, dtype, enabled=dtype is not None)
 
     @contextmanager
     def _generating(self):

@@ -15,7 +15,8 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,11 +51,11 @@ class Command:
 
     Args:
         run (`Callable[[list[str]], int]`): Takes arguments, gives an exit code.
-        arguments (`Collection[str]`): Names of those that it knows.
+        parser ([`~argparse.ArgumentParser`]): Knows its arguments.
     """
 
     run: Callable[[list[str]], int]
-    arguments: Collection[str]
+    parser: ArgumentParser
 
 
 class Steps:
@@ -239,7 +240,8 @@ class Steps:
 
     def _aloe_step(self, config: dict[str, Any], folder: Path, needs: tuple[Step, ...]) -> Step:
         aloe = self.commands["aloe"]
-        config = {key: value for key, value in config.items() if key in aloe.arguments}
+        names = {option.lstrip("-") for option in aloe.parser._option_string_actions}
+        config = {key: value for key, value in config.items() if key in names}
 
         def run() -> dict[str, Any]:
             _run_command(aloe.run, config | {"output_dir": str(folder)}, folder / "aloe_run")

@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head
 
-from ..config import PerContrastConfig
+from ..config import PerContrastConfig, autocast_dtype
 from ..persona.marks import PersonaError
 from ..persona.masks import TokenBytes, persona_stretches, swap_persona, text_and_offsets
 from ..persona.rows import find_bad_row
@@ -293,11 +293,11 @@ class PerContrast:
         keep_4bit_weights_trainable_on_cpu(base)
         training = {module: module.training for module in self.model.modules()}
         own_forward = base.__dict__.get("forward")
-        dtype = torch.float16 if self.args.fp16 else torch.bfloat16
+        dtype = autocast_dtype(self.args)
         try:
             self.model.eval()
             add_fused_lm_head(base)
-            with torch.autocast(base.device.type, dtype, enabled=self.args.fp16 or self.args.bf16):
+            with torch.autocast(base.device.type, dtype, enabled=dtype is not None):
                 yield
         finally:
             if own_forward is None:
