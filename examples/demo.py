@@ -12,17 +12,21 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import resource
+import contextlib
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from smollm2 import ensure_smollm2
 from trl_perce import PerContrast
 from trl_perce.benchmarks.persona_qa import answer_tokens, load_rows
+from trl_perce.scoring.heatmap.pieces import most_personal
 from trl_perce.scoring.heatmap.terminal import print_heatmap
 
 
@@ -83,14 +87,43 @@ def main() -> None:
     console.print(table)
     console.print("Means over tokens, in nats. The adapter is off before and on after.\n")
 
-    console.rule("The most personal answer and the median one, coloured by PIR")
-    by_pir = sorted(after, key=lambda scores: scores.pir.mean())
-    print_heatmap([by_pir[-1], by_pir[len(rows) // 2]], console)
-    console.print()
+    console.rule("The most personal answers of two people, coloured by PIR")
+    print_heatmap(after, console, num_rows=2)
 
-    console.print(f"The adapter lies in [bold]{OUTPUT}[/]; plain PEFT loads it.")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    console.print(f"{time.time() - started:.0f} s, peak memory {peak:.1f} GiB.")
+    console.rule("What the model itself answers to them")
+    for scores in most_personal(after, 2):
+        row = rows[scores.row]
+        console.print(f"[dim]Question[/]  {row['prompt'][-1]['content'].rsplit(chr(10), 1)[-1]}")
+        for name, adapter in (("Before", trainer.model.disable_adapter()), ("After", contextlib.nullcontext())):
+            with adapter:
+                console.print(f"[dim]{name:8}[/]  {_answer(trainer, row)}", highlight=False)
+        console.print()
+
+    console.print(f"The adapter is in [bold]{OUTPUT}[/]; plain PEFT loads it.")
+    console.print(f"{time.time() - started:.0f} s, peak memory {_peak() / 2**30:.1f} GiB.")
+
+
+def _answer(trainer, row: dict) -> str:
+    """The likeliest answer, on one line, of at most 40 tokens."""
+    tokenizer = trainer.processing_class
+    messages = [
+        {**message, "content": message["content"].replace("{persona}", row["persona"])} for message in row["prompt"]
+    ]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        tokens = trainer.model.generate(**prompt, do_sample=False, max_new_tokens=40)[0, prompt["input_ids"].size(1) :]
+    text = " ".join(tokenizer.decode(tokens, skip_special_tokens=True).split())
+    return text if tokens[-1] == tokenizer.eos_token_id else f"{text} …"
+
+
+def _peak() -> int:
+    """The most memory that this process held, in bytes."""
+    if os.name == "nt":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

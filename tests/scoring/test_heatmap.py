@@ -14,6 +14,8 @@ import warnings
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 from matplotlib.text import Text
@@ -21,7 +23,7 @@ from rich.console import Console
 
 from trl_perce.scoring.heatmap.page import write_html
 from trl_perce.scoring.heatmap.palette import PALETTE, colour
-from trl_perce.scoring.heatmap.pieces import NOTHING_TO_DRAW, units_of
+from trl_perce.scoring.heatmap.pieces import NOTHING_TO_DRAW, most_personal, units_of
 from trl_perce.scoring.heatmap.png import draw, write_png
 from trl_perce.scoring.heatmap.terminal import print_heatmap
 from trl_perce.scoring.scores import TokenScores
@@ -66,11 +68,10 @@ def make_scores(row, tokens, pir, persona="I sew.", query="What now?", skipped=N
     )
 
 
-def emoji_scores(row=0):
+def emoji_scores(row=0, persona="I sew."):
     response = "a 🧵 b"  # the emoji is three tokens
     offsets = [(0, 1), (1, 2), (2, 3), (2, 3), (2, 3), (3, 5)]
-    scores = make_scores(row, [response], [0.1, 0.2, 0.5, 0.6, 0.7, -2.0], offsets=offsets)
-    return scores
+    return make_scores(row, [response], [0.1, 0.2, 0.5, 0.6, 0.7, -2.0], persona, offsets=offsets)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def rows():
         make_scores(1, [NASTY, " ok", "\n\n", "fine"], [3.0, 0.5, 0.2, -4.0], persona=NASTY, query=NASTY),
         make_scores(2, ["plain", " words"], [nan, nan], persona="", query="No one asks"),
         make_scores(3, [], [], persona="Someone", skipped="longer than max_length"),
-        emoji_scores(4),
+        emoji_scores(4, "I sew, too."),
         make_scores(5, ["كتاب", " جديد"], [-1.5, -0.5], persona=RTL),
         make_scores(6, ["x", " yarn"], [6.0, 9.0], persona="I knit. " * 100 + "The End"),
     ]
@@ -96,6 +97,26 @@ def expected_share(rows, threshold):
 
 
 # Colours and pieces
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcdef"), st.floats(-3, 3, width=32)), max_size=20),
+    st.integers(1, 4),
+)
+@settings(max_examples=50, deadline=None)
+def test_a_picture_shows_the_most_personal_row_of_each_persona(personas_and_means, num_rows):
+    rows = [
+        make_scores(index, ["a", "b"], [mean - 1, mean + 1], persona=persona)
+        for index, (persona, mean) in enumerate(personas_and_means)
+    ]
+    rows.insert(len(rows) // 2, make_scores(99, ["a"], [float("nan")], persona="a"))
+    found = most_personal(rows, num_rows)
+    best = {}
+    for persona, mean in personas_and_means:
+        best[persona] = max(mean, best.get(persona, -9))
+    expected = sorted(best.values(), reverse=True)[:num_rows]
+    assert [row.pir.mean() for row in found] == pytest.approx(expected, abs=1e-6)
+    assert len({row.persona for row in found}) == len(found)
 
 
 def luminance(hex_colour):
@@ -519,7 +540,7 @@ def test_picture_has_no_clipped_and_no_overlapping_text(rows, tmp_path):
 
 
 def test_picture_colours_tokens_and_says_when_there_is_nothing(rows, tmp_path):
-    write_png(rows, tmp_path / "a.png", SETTINGS, num_rows=2)
+    write_png(rows[:2], tmp_path / "a.png", SETTINGS, num_rows=2)
     pixels = (imread(tmp_path / "a.png")[..., :3] * 255).round().astype(int).reshape(-1, 3)
     assert imread(tmp_path / "a.png").shape[1] == 1400
     for pir in (2.5, 4.0, -4.0):

@@ -69,7 +69,10 @@ def make_parser():
         )
         max_rows: int | None = field(default=None, metadata={"help": "Score the first so many rows only."})
         heatmap_rows: int = field(default=1000, metadata={"help": "Rows of heatmap.html: the first so many."})
-        png_rows: int = field(default=4, metadata={"help": "Rows of heatmap.png and of the terminal's heatmap."})
+        png_rows: int = field(
+            default=4,
+            metadata={"help": "Personas in heatmap.png and in the terminal, each with its most personal row."},
+        )
         overwrite: bool = field(
             default=False, metadata={"help": "Remove earlier scores from `output_dir` instead of going on with them."}
         )

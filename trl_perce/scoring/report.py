@@ -254,9 +254,7 @@ def _verdict(report: dict[str, Any]) -> dict[str, str]:
     if not rows["scored"]:
         return {"answer": "cannot say", "text": f"All {rows['total']:,} rows are skipped."}
     if not rows["with_pir"]:
-        text = (
-            f"None of the {rows['scored']:,} scored rows has a persona, without which PerCE is plain CE with weight 1."
-        )
+        text = f"None of the {rows['scored']:,} scored rows has a persona, without which PerCE is plain SFT."
         return {"answer": "hardly", "text": text}
 
     interval = personal["excess_interval"]
@@ -264,10 +262,10 @@ def _verdict(report: dict[str, Any]) -> dict[str, str]:
     threshold = personal["threshold"]
     text = (
         f"The persona makes {_percent(personal['share'])} of the {tokens['with_pir']:,} tokens clearly more likely (PIR > "
-        f"{threshold:g}: personal tokens) and {_percent(personal['mirror_share'])} as clearly less likely (PIR < "
-        f"−{threshold:g}). The difference, {_percent(personal['excess'])}{_between(interval)}, is what chance does not "
-        f"explain; from {_percent(MIN_EXCESS)} on PerCE is worth it. It would give the personal tokens "
-        f"{_percent(report['weights']['of_personal'])} of the weight in the loss, where CE gives them "
+        f"{threshold:g}, the personal tokens) and {_percent(personal['mirror_share'])} clearly less likely (PIR < "
+        f"−{threshold:g}). Chance does not explain the difference, {_percent(personal['excess'])}{_between(interval)}; "
+        f"PerCE is worth a try if it is at least {_percent(MIN_EXCESS)}. In the PerCE loss the personal tokens would have "
+        f"{_percent(report['weights']['of_personal'])} of the weight, in plain SFT they have "
         f"{_percent(_ratio(personal['tokens'], tokens['total']))}. Mean PIR is {_nats(report['pir']['mean'])} nats."
     )
     if number < MIN_PERSONAS:
@@ -279,7 +277,7 @@ def _verdict(report: dict[str, Any]) -> dict[str, str]:
         return {"answer": "hardly", "text": text}
     return {
         "answer": "unclear",
-        "text": f"{text} The interval reaches to both sides of {_percent(MIN_EXCESS)}: score more rows.",
+        "text": f"{text} The interval includes {_percent(MIN_EXCESS)}: score more rows.",
     }
 
 

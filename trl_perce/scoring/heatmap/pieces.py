@@ -4,7 +4,6 @@
 
 import unicodedata
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -60,8 +59,27 @@ def check_positive(name: str, value: int) -> None:
         raise ValueError(f"`{name}` is {value}. It must be 1 or more.")
 
 
-def first_scored(scores: Iterable[TokenScores], num_rows: int) -> list[TokenScores]:
-    return list(islice((row for row in scores if np.isfinite(row.pir).any()), num_rows))
+def most_personal(scores: Iterable[TokenScores], num_rows: int) -> list[TokenScores]:
+    """
+    The rows that a picture has room for: of each persona the row with the highest mean PIR, highest first.
+
+    Args:
+        scores (`Iterable[TokenScores]`): Scores of the rows. Those without any PIR are passed over.
+        num_rows (`int`): How many rows, and so personas, to take at most.
+
+    Returns:
+        `list[TokenScores]`: Rows of different personas.
+    """
+    best: dict[str, tuple[float, TokenScores]] = {}
+    for row in scores:
+        if not np.isfinite(row.pir).any():
+            continue
+        mean = float(np.nanmean(row.pir, dtype=np.float64))
+        if row.persona not in best or mean > best[row.persona][0]:
+            best[row.persona] = mean, row
+        if len(best) > num_rows:
+            del best[min(best, key=lambda persona: best[persona][0])]
+    return [row for _, row in sorted(best.values(), key=lambda pair: -pair[0])]
 
 
 def printable(text: str) -> str:

@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from ...utils.files import written_whole
 from ..scores import TokenScores
 from .palette import PALETTE, SCALE, colour
-from .pieces import MAX_PERSONA, MAX_QUERY, NOTHING_TO_DRAW, check_positive, first_scored, pieces_of, shorten, summary
+from .pieces import MAX_PERSONA, MAX_QUERY, NOTHING_TO_DRAW, check_positive, most_personal, pieces_of, shorten, summary
 
 
 _WIDTH, _MARGIN, _LABELS = 504.0, 14.0, 52.0
@@ -205,7 +205,7 @@ def _characters_of(path: str) -> set[str]:
 
 def write_png(scores: Iterable[TokenScores], path: str | Path, settings: dict[str, Any], num_rows: int = 4) -> None:
     """
-    Write a picture of the first rows that have a PIR, 7 inches wide at 200 dots an inch, for papers and READMEs.
+    Write a picture of the most personal row of each of a few personas, 7 inches wide at 200 dots an inch, for papers and READMEs.
 
     A long text is cut, and the picture says so. A character that no installed font has is a box. The tokens of a
     right-to-left response are set from the left.
@@ -220,6 +220,6 @@ def write_png(scores: Iterable[TokenScores], path: str | Path, settings: dict[st
         `ValueError`: `num_rows` is not positive.
     """
     check_positive("num_rows", num_rows)
-    figure = draw(first_scored(scores, num_rows), settings)
+    figure = draw(most_personal(scores, num_rows), settings)
     with written_whole(path) as part:
         figure.savefig(part, format="png", dpi=200)

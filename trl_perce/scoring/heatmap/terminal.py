@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from ..scores import TokenScores
 from .palette import PALETTE, colour
-from .pieces import MAX_PERSONA, MAX_QUERY, NOTHING_TO_DRAW, check_positive, first_scored, pieces_of, shorten, summary
+from .pieces import MAX_PERSONA, MAX_QUERY, NOTHING_TO_DRAW, check_positive, most_personal, pieces_of, shorten, summary
 
 
 # In the terminal a token nearer to 0 has no background: pale on dark, it would be louder than the personal ones
@@ -15,7 +15,7 @@ _FAINT = 1.0
 
 def print_heatmap(scores: Iterable[TokenScores], console, num_rows: int = 4) -> None:
     """
-    Print the first rows that have a PIR. Where the console has no colours (a pipe, a file, `NO_COLOR`) a personal token
+    Print the most personal row of each of a few personas. Where the console has no colours (a pipe, a file, `NO_COLOR`) a personal token
     is written `[needles +3.1]`.
 
     Args:
@@ -31,7 +31,7 @@ def print_heatmap(scores: Iterable[TokenScores], console, num_rows: int = 4) -> 
 
     check_positive("num_rows", num_rows)
     has_colours = console.is_terminal and console.color_system is not None and not console.no_color
-    rows = first_scored(scores, num_rows)
+    rows = most_personal(scores, num_rows)
     lines: list = [] if rows else [Text(NOTHING_TO_DRAW)]
     for row in rows:
         texts = {
