@@ -204,7 +204,7 @@ def rows_with(personal, mirror, number=40, personas=40):
 def test_the_verdict_counts_what_chance_does_not_explain():
     answer, text, _ = verdict(rows_with(10, 4))
     assert answer == "yes"
-    assert "10.0 % of the 4,000 tokens" in text and "4.0 %" in text and "The difference, 6.0 %" in text
+    assert "10.0 % of the 4,000 tokens" in text and "4.0 %" in text and "the difference, 6.0 %" in text
     # 10 tokens of weight 2 and 90 of 0.8
     assert "21.7 % of the weight in the loss, where CE gives them 10.0 %" in text
     assert verdict(rows_with(10, 9))[0] == "hardly"  # as many above as below
