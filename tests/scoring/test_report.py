@@ -206,7 +206,7 @@ def test_the_verdict_counts_what_chance_does_not_explain():
     assert answer == "yes"
     assert "10.0 % of the 4,000 tokens" in text and "4.0 %" in text and "the difference, 6.0 %" in text
     # 10 tokens of weight 2 and 90 of 0.8
-    assert "21.7 % of the weight in the loss, where CE gives them 10.0 %" in text
+    assert "21.7 % of the weight, in plain SFT they have 10.0 %" in text
     assert verdict(rows_with(10, 9))[0] == "hardly"  # as many above as below
     assert verdict(rows_with(1, 0))[0] == "hardly"
     assert verdict(rows_with(2, 0))[0] == "yes"
