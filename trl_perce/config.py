@@ -70,7 +70,7 @@ class PerCEConfig(SFTConfig):
             Epochs for which the counterfactual log-probabilities of a row are kept. 1 computes them at every step
             (exact). With `k`, PIR compares the current factual log-probabilities with counterfactual ones that are up
             to `k - 1` epochs old, and the pass costs a `k`-th. What the model learned meanwhile then counts as personal:
-            with a large learning rate that changes the weights a lot (measured in the README). They are saved with
+            with a large learning rate that changes the weights a lot (measured in examples/measurements.md). They are saved with
             checkpoints.
 
         > Parameters that control the persona in the data
