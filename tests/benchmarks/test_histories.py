@@ -171,7 +171,8 @@ def test_a_share_that_is_none_is_told(folder):
 def test_the_same_persona_is_the_same_user(folder, caplog):
     said = [{"user": 1, "text": "Hi"}, {"user": 2, "text": "Hello there."}]
     chats = [
-        {"user_2_persona": [persona], "conversation": said} for persona in ("I sew.", "I run.", "I sew.", "I row.")
+        {"user_2_persona": persona.split("/"), "conversation": said}
+        for persona in ("I sew./I run.", "I run.", "I run./I sew.", "I row.")
     ]
     path = folder(chats, test=[chats[0], {"user_2_persona": ["I fly."], "conversation": said}])
     train, validation = (load(split, path, "chats", validation_size=0.6) for split in ("train", "validation"))

@@ -75,12 +75,13 @@ def load(
     if format not in _FORMATS:
         raise ValueError(f"`format` is {format!r}. Write one of {', '.join(map(repr, _FORMATS))}.")
     _check_split(split, Path(path), format, validation_size)
-    derived = validation_size is not None and split != "test"
-    file = Path(path) / f"{'train' if derived else split}.jsonl"
+    if split == "test":
+        validation_size = None
+    file = Path(path) / f"{split if validation_size is None else 'train'}.jsonl"
     records = read_records(file)
     users = _users(records, format)
-    taken = _side(split, users, validation_size, file) if derived else {*users}
-    if not derived and split != "train":
+    taken = {*users} if validation_size is None else _side(split, users, validation_size, file)
+    if validation_size is None and split != "train":
         _warn_of_shared_users(records, file, format)
     skips, rows, rng = Skips(), [], Random(seed)
     for number, (record, user) in enumerate(zip(records, users, strict=True)):
@@ -129,15 +130,20 @@ def _check_split(split: str, folder: Path, format: str, validation_size: float |
 
 def _users(records: list[dict[str, Any]], format: str) -> list[str]:
     """The user of each record."""
-    key, is_name = _USERS[format]
+    is_name = _USERS[format][1]
     firsts: dict[str, str] = {}
     users = []
     for number, record in enumerate(records):
-        value = record.get(key)
-        name = str(number) if value is None else str(value)
+        name = _name(record, format)
         # A persona is too long for a name: the number of the first record with it
-        users.append(name if is_name or value is None else firsts.setdefault(name, str(number)))
+        users.append(str(number) if name is None else name if is_name else firsts.setdefault(name, str(number)))
     return users
+
+
+def _name(record: dict[str, Any], format: str) -> str | None:
+    """What tells the user of a record from others, if anything does. Sentences are those of the same person in any order."""
+    value = record.get(_USERS[format][0])
+    return None if value is None else str(sorted(map(str, value)) if isinstance(value, list) else value)
 
 
 def _side(split: str, users: list[str], validation_size: float, file: Path) -> set[str]:
@@ -157,14 +163,13 @@ def _side(split: str, users: list[str], validation_size: float, file: Path) -> s
 
 def _warn_of_shared_users(records: list[dict[str, Any]], file: Path, format: str) -> None:
     """Count the users of a file who have records in the training file, too."""
-    train, (key, _) = file.with_name("train.jsonl"), _USERS[format]
+    train = file.with_name("train.jsonl")
     if not train.is_file():
         return
-    own, trained = (
-        {str(record[key]) for record in side if record.get(key) is not None} for side in (records, read_records(train))
-    )
+    own, trained = ({_name(record, format) for record in side} - {None} for side in (records, read_records(train)))
     if shared := own & trained:
-        shown = f", such as {key} {min(shared)!r}" if _USERS[format][1] else ""
+        key, is_name = _USERS[format]
+        shown = f", such as {key} {min(map(str, shared))!r}" if is_name else ""
         logger.warning(f"{len(shared)} of {len(own)} users of {file} are users of {train}, too{shown}.")
 
 

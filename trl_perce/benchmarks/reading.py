@@ -266,7 +266,7 @@ def draw_rows(
     if num_rows is not None and len(rows) < num_rows and not by_default:
         logger.warning(f"There are {len(rows)} usable {what} and not {num_rows}: all are taken.")
     drawn_of = f"{len(rows)} of {num_source} {what}"
-    if by_default and len(rows) == num_rows < num_source:
+    if by_default and num_rows is not None and len(rows) == num_rows < num_source:
         logger.warning(f"{drawn_of} are drawn, the paper's number. `num_rows='all'` takes all.")
     logger.info(f"{drawn_of}, seed {seed}, ids {ids_hash(row.id for row in rows)}")
     return rows

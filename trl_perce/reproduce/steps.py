@@ -384,7 +384,7 @@ def _run_command(
         return
     said = log_path.read_bytes()[begin:].decode("utf-8", errors="replace").strip()
     if code in (130, 143):
-        signal.raise_signal(code - 128)  # type: ignore[operator]
+        signal.raise_signal(code - 128)
     if code == 2:
         raise GridError(f"{path.parent}: {re.split(r'trl-perce [a-z]+: error: ', said)[-1]}")
     raise RuntimeError(f"{log_path} ends with: {said[-2000:]}")
