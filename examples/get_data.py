@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Get the public data that the local recipes and `make_rows.py` read, each in a folder with train.jsonl, test.jsonl and a README.md
-that names its source and licence.
+Get the public data that the local recipes and `make_rows.py` read. Each folder
+has train.jsonl, test.jsonl and a README.md with its source and licence.
 
-    python examples/get_data.py                                    # all three, to data/
+    python examples/get_data.py                    # all three, to data/
     python examples/get_data.py persona_chat prefeval
-    python examples/get_data.py --source_dir ~/Downloads           # of files that were downloaded by hand
+    python examples/get_data.py --source_dir ~/Downloads
 
-| folder | from | licence | format of `histories` |
-|---|---|---|---|
-| persona_chat | Synthetic-Persona-Chat (google/Synthetic-Persona-Chat on the Hub) | CC BY 4.0 | chats |
-| product_reviews | Amazon Reviews 2023 (McAuley-Lab/Amazon-Reviews-2023 on the Hub) | for research | reviews |
-| prefeval | PrefEval (github.com/amazon-science/PrefEval; the Hub's siyanzhao/prefeval_explicit has no answers) | CC BY-NC 4.0 | preferences |
+- persona_chat: Synthetic-Persona-Chat, CC BY 4.0, from the Hub
+  (google/Synthetic-Persona-Chat). Kind `chats` of make_rows.py.
+- prefeval: PrefEval, CC BY-NC 4.0, by git from
+  github.com/amazon-science/PrefEval, since siyanzhao/prefeval_explicit on the
+  Hub has no answers. Kind `preferences`.
+- product_reviews: Amazon Reviews 2023, for research, from the Hub
+  (McAuley-Lab/Amazon-Reviews-2023). Kind `reviews`.
 
-Samples depend on --seed and the files alone. Nobody, and no topic of PrefEval, is in both files. A folder that has a train.jsonl is
-left as it is. There is no public source for the format `posts`.
+With --source_dir nothing is downloaded: the files are looked for below that
+folder. A sample depends on the files, --seed and the numbers alone. Nobody, and
+no topic of PrefEval, is in both files. A folder that has a train.jsonl is left
+as it is. For the kind `posts` there is no public source.
 """
 
 import argparse
@@ -23,6 +27,7 @@ import csv
 import gzip
 import json
 import re
+import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -90,9 +95,12 @@ def get_clone(source: Source, source_dir: Path | None) -> Path:
         return found[0].parent.parent
     folder = Path(".cache") / Path(source.repo).name
     if not folder.is_dir():
-        command = ["git", "clone", "--quiet", "--depth", "1", source.repo, str(folder)]
+        part = folder.with_name(folder.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        command = ["git", "clone", "--quiet", "--depth", "1", source.repo, str(part)]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
+            part.rename(folder)
         except (OSError, subprocess.CalledProcessError) as error:
             why = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
             raise OSError(f"`{' '.join(command)}` failed: {why} Clone it by hand, and give --source_dir.") from error
@@ -285,19 +293,19 @@ SOURCES = {
         (1000, 320),
         make_persona_chat,
     ),
-    "product_reviews": Source(
-        "Amazon Reviews 2023 (Hou et al. 2024, arXiv 2403.03952): reviewers with their reviews; ids replaced by numbers",
-        "no licence is stated; made for research (https://amazon-reviews-2023.github.io)",
-        "McAuley-Lab/Amazon-Reviews-2023",
-        (200, 50),
-        make_product_reviews,
-    ),
     "prefeval": Source(
         "PrefEval (Zhao et al. 2025, arXiv 2502.09597): questions of people with a preference; answers by Mistral 8x7B",
         "CC BY-NC 4.0: not for commercial use",
         "https://github.com/amazon-science/PrefEval",
         (1000, 1000),
         make_prefeval,
+    ),
+    "product_reviews": Source(
+        "Amazon Reviews 2023 (Hou et al. 2024, arXiv 2403.03952): reviewers with their reviews; ids replaced by numbers",
+        "no licence is stated; made for research (https://amazon-reviews-2023.github.io)",
+        "McAuley-Lab/Amazon-Reviews-2023",
+        (200, 50),
+        make_product_reviews,
     ),
 }
 

@@ -3,6 +3,9 @@
 import csv
 import gzip
 import json
+import shutil
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,6 +184,25 @@ def test_what_is_there_is_left_as_it_is(data, source, monkeypatch, capsys):
     run(monkeypatch, "prefeval", "--source_dir", source, "--output_dir", data)
     assert (data / "prefeval" / "train.jsonl").read_text() == "mine"
     assert "is there already, and left as it is" in capsys.readouterr().out
+
+
+def test_a_repository_is_cloned_once(source, tmp_path, monkeypatch, capsys):
+    git = ("git", "-C", str(source / "PrefEval"), "-c", "user.name=x", "-c", "user.email=x@x")
+    for command in (("init", "-q"), ("add", "."), ("commit", "-qm", "x")):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(SOURCES, "prefeval", replace(SOURCES["prefeval"], repo=str(source / "PrefEval")))
+    run(monkeypatch, "prefeval")
+    assert len(read(Path("data/prefeval/test.jsonl"))) == 20 and Path(".cache/PrefEval/.git").is_dir()
+    shutil.rmtree(source)
+    shutil.rmtree("data")
+    run(monkeypatch, "prefeval")
+    shutil.rmtree("data")
+    shutil.rmtree(".cache")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "prefeval")
+    error = capsys.readouterr().err
+    assert "git clone --quiet --depth 1" in error and "does not exist" in error and "Clone it by hand" in error
 
 
 def test_errors(source, tmp_path, monkeypatch, capsys):

@@ -312,6 +312,7 @@ def test_what_would_hit_each_run_alike_stops_before_anything_runs(grid, tmp_path
             "`trl-perce evaluate` of tiny, crafts: argument --max_new_tokens",
         ),
         ({"launch": {"num_proceses": 2}}, "unknown key or argument `num_proceses`. Did you mean `num_processes`?"),
+        ({"quotes": str(tmp_path / "none.json")}, "No such file or directory"),
         ({"data_dir": "data", "tasks": {"a": {"benchmark": "longlamp"}}}, "no task has a `path`"),
     ):
         for arguments in (("--dry_run",), ()):
@@ -320,6 +321,9 @@ def test_what_would_hit_each_run_alike_stops_before_anything_runs(grid, tmp_path
             error = capsys.readouterr().err
             assert stopped.value.code == 2 and error.startswith("trl-perce reproduce: error: ") and message in error
             assert len(error.splitlines()) == 1 and not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        run("--output_dir", str(tmp_path / "out"), "--tables", "1", "99")
+    assert "`tables`: there is no table 99. Write numbers from 1 to 12." in capsys.readouterr().err
     # Each task that is concerned has its line
     with pytest.raises(SystemExit):
         run("--output_dir", str(tmp_path / "out"), "--dry_run", tasks={"a": nowhere, "b": nowhere})

@@ -96,10 +96,16 @@ def make_steps(settings):
 def _read(args: argparse.Namespace):
     """The grid's steps; those that are done have their results. All that is wrong with the file is found here."""
     from trl_perce.cli.common import check_known, check_writable
+    from trl_perce.reproduce.paper import load_quotes
     from trl_perce.reproduce.settings import load_settings
+    from trl_perce.reproduce.tables import TITLES
 
     changes = {name: getattr(args, name) for name in ("output_dir", "data_dir") if getattr(args, name) is not None}
     settings = load_settings(args.config, **changes)
+    if settings.quotes is not None:
+        load_quotes(settings.quotes)
+    if unknown := {*(args.tables or ())} - {*TITLES}:
+        raise ValueError(f"`tables`: there is no table {min(unknown)}. Write numbers from 1 to {max(TITLES)}.")
     check_writable(settings.output_dir)
     steps = make_steps(settings)
     for step in steps.train.values():
