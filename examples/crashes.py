@@ -188,7 +188,7 @@ def make_scenarios(folder: Path) -> dict[str, Scenario]:
         return lines(out / "predictions.jsonl"), json.loads((out / "metrics.json").read_text())["metrics"]
 
     lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
-    histories = {"benchmark": "histories", "format": "rows", "path": str(make_histories(folder / "histories"))}
+    histories = {"benchmark": "histories", "path": str(make_histories(folder / "histories")), "validation_size": 0.1}
     sizes = {"train_rows": 16, "test_rows": 6, "validation_rows": 4, "retrieval": {"method": "recency", "k": 1}}
     grid = {
         "output_dir": "unused",

@@ -4,12 +4,12 @@
 Turn users' histories into rows with `persona`, `prompt` and `completion`, which `trl-perce train`, `score` and `evaluate` take.
 
     python examples/make_rows.py rows my_data data/mine                     # your own: {"user", "history", "query", "response"}
-    python examples/make_rows.py reviews product_reviews data/product_review
+    python examples/make_rows.py reviews data/product_reviews data/product_review        # from examples/get_data.py
     python examples/make_rows.py longlamp hub data/product_review --task product_review --retrieval contriever
     python examples/make_rows.py lamp LaMP_5 data/paper_titles --task LaMP_5
 
-The second argument is the folder with the source's files, or `hub` for LongLaMP from the Hub. What the files of `rows`,
-`reviews`, `posts` and `chats` look like is said in `trl_perce/benchmarks/histories.py`.
+The second argument is the folder with the source's files, or `hub` for LongLaMP from the Hub. What the files of `rows`, `reviews`,
+`posts`, `chats` and `preferences` look like is said in `trl_perce/benchmarks/histories.py`.
 """
 
 import argparse
@@ -22,14 +22,21 @@ from trl_perce.history.retrieval import Retriever
 from trl_perce.utils.files import write_json_lines
 
 
-FORMATS = ("rows", "reviews", "posts", "chats")
+FORMATS = ("rows", "reviews", "posts", "chats", "preferences")
 
 
 def load(args: argparse.Namespace, split: str) -> list[HistoryRow]:
     """Rows of a split with their users' whole histories."""
     if args.kind in FORMATS:
         return histories.load(
-            split, args.source, args.kind, args.num_rows, args.rows_per_user, max_words=args.max_words, seed=args.seed
+            split,
+            args.source,
+            args.kind,
+            args.num_rows,
+            args.rows_per_user,
+            max_words=args.max_words,
+            seed=args.seed,
+            validation_size=args.validation_size,
         )
     num_rows = "all" if args.num_rows is None else args.num_rows
     if args.kind == "lamp":
@@ -55,15 +62,28 @@ def main() -> None:
     parser.add_argument("--num_rows", type=int, help="rows a split, sampled (default all)")
     parser.add_argument("--rows_per_user", type=int, default=2, help="rows a user or conversation (default 2)")
     parser.add_argument("--max_words", type=int, default=300, help="leave out longer responses (default 300 words)")
+    parser.add_argument(
+        "--validation_size",
+        type=float,
+        help="with --splits train validation …: share of the training users that are held out, such as 0.1, where the source "
+        "has no validation.jsonl",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.kind in ("longlamp", "lamp") and args.task is None:
         parser.error(f"{args.kind} needs --task")
+    if args.validation_size is not None and (args.kind not in FORMATS or "validation" not in args.splits):
+        parser.error(
+            "--validation_size needs `validation` among the --splits, and one of the kinds " + ", ".join(FORMATS)
+        )
 
     logging.basicConfig(format="%(message)s")
     retriever = Retriever(args.retrieval, args.k, cache_dir=".cache/retrieval", seed=args.seed)
-    for split in args.splits:
-        rows = load(args, split)
+    try:
+        loaded = {split: load(args, split) for split in args.splits}
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"make_rows.py: error: {error}\n")
+    for split, rows in loaded.items():
         path = args.output / f"{split}.jsonl"
         write_json_lines(path, to_examples(rows, retriever(rows)))
         print(f"{path}: {len(rows)} rows")

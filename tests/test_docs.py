@@ -40,6 +40,18 @@ SHORT = {
     "aloe": "--conversations 1 --rounds 1 --max_new_tokens 4",
     "reproduce": "--dry_run",
 }
+REVIEW = {"overall": 4.0, "summary": "Good", "description": "A needle", "reviewText": "Sharp, says number NUMBER."}
+PUBLIC = {
+    "persona_chat": {
+        "user_2_persona": ["I am number NUMBER."],
+        "conversation": [{"user": 1, "text": "Who are you?"}, {"user": 2, "text": "Number NUMBER."}],
+    },
+    "product_reviews": {
+        "reviewer": "NUMBER",
+        "reviews": [REVIEW, REVIEW | {"reviewText": "Blunt, says number NUMBER."}],
+    },
+    "prefeval": {"preference": "I like number NUMBER.", "question": "Which number?", "response": "Number NUMBER."},
+}
 # Not ours to run, or run by what runs this
 ELSEWHERE = ("make", "pip", "git", "hf", "vllm", "pkill", "pre-commit", "export")
 
@@ -77,6 +89,10 @@ def workspace(tmp_path, tiny_model, tokenizer, monkeypatch):
     histories = [{**history, "user": f"user {index}"} for index in range(6)]
     for folder, lines in (("data/product_review", rows), ("data/own", histories), ("my_data", histories)):
         write_splits(tmp_path / folder, train=lines, test=lines)
+    for folder, line in PUBLIC.items():  # from examples/get_data.py
+        lines = [json.loads(json.dumps(line).replace("NUMBER", str(index))) for index in range(12)]
+        write_splits(tmp_path / "data" / folder, train=lines[:10], test=lines[10:])
+    (tmp_path / ".cache" / "SmolLM2-135M-Instruct").mkdir(parents=True)  # from examples/smollm2.py
     write_lines(tmp_path / "my-secrets.jsonl", rows)
     (tmp_path / "me.txt").write_text("I sew my own dresses.")
     for name in ("my-adapter", "ce", "perce"):

@@ -8,6 +8,7 @@ import pytest
 
 from conftest import ROOT
 from trl_perce.benchmarks import longlamp
+from trl_perce.benchmarks.profiles import NUM_ROWS
 from trl_perce.history.entries import to_example
 from trl_perce.persona.marks import mark_persona
 
@@ -176,6 +177,15 @@ def test_wrong_columns(tmp_path, change, message):
         load_one(tmp_path, {**TOPIC, **change})
     with pytest.raises(ValueError, match="row 0: there is no 'profile'; there are 'author', 'input', 'output'"):
         load_one(tmp_path, {key: value for key, value in TOPIC.items() if key != "profile"})
+
+
+def test_rows_that_nobody_asked_to_leave_are_told(tmp_path, monkeypatch, caplog):
+    path = write(tmp_path / "test.jsonl", [TOPIC] * 5)
+    assert len(longlamp.load("test", "topic_writing", path=path)) == 5 and not caplog.records  # fewer than the paper's
+    monkeypatch.setitem(NUM_ROWS, "test", 2)
+    assert len(longlamp.load("test", "topic_writing", path=path, num_rows=2)) == 2 and not caplog.records
+    assert len(longlamp.load("test", "topic_writing", path=path)) == 2
+    assert f"2 of 5 rows of {path} are drawn, the paper's number." in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pytest
 from datasets import load_dataset
 
 from conftest import ROOT
+from rows import write_splits
 from trl_perce.persona.marks import mark_persona
 
 
@@ -80,9 +81,26 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, tmp_path, "make_rows.py", "lamp", tmp_path, tmp_path / "out")
     assert "lamp needs --task" in capsys.readouterr().err
-    with pytest.raises(FileNotFoundError, match="train.jsonl"):
+    with pytest.raises(SystemExit):
         run(monkeypatch, tmp_path, "make_rows.py", "rows", tmp_path / "nowhere", tmp_path / "out")
+    error = capsys.readouterr().err
+    assert "nowhere/train.jsonl" in error and len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tmp_path, "make_rows.py", "rows", tmp_path, tmp_path / "out", "--validation_size", 0.1)
+    assert "needs `validation` among the --splits" in capsys.readouterr().err
+
+
+def test_validation_is_split_off_where_it_is_asked_for(monkeypatch, tmp_path, capsys):
+    preferences = [
+        {"preference": f"I like {pet}s.", "question": "Which pet?", "response": f"A {pet}."} for pet in ("cat", "dog")
+    ]
+    write_splits(tmp_path / "source", train=preferences, test=preferences)
+    splits = ("--splits", "train", "validation", "--validation_size", 0.5)
+    run(monkeypatch, tmp_path, "make_rows.py", "preferences", tmp_path / "source", tmp_path / "out", *splits)
+    for split, pet in (("train", "cat"), ("validation", "dog")):
+        (line,) = (tmp_path / "out" / f"{split}.jsonl").read_text().splitlines()
+        assert personas(json.loads(line)) == [f"I like {pet}s."]
 
 
 def test_bring_your_own_data(monkeypatch, tmp_path, capsys):

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from conftest import ROOT
 from trl_perce.cli import aloe, evaluate, train
 from trl_perce.cli.common import check_known
 from trl_perce.cli.reproduce import make_steps
-from trl_perce.reproduce.grid import Step, run_steps
+from trl_perce.reproduce.grid import GridError, Step, run_steps
 from trl_perce.reproduce.settings import Cell, load_settings
 from trl_perce.utils.files import differences
 
@@ -107,6 +108,14 @@ def test_a_file_extends_another(tmp_path):
         load_settings(path)
 
 
+def test_paths_are_seen_from_the_data_dir(tmp_path):
+    settings = load_settings(write(tmp_path), data_dir="/elsewhere")
+    assert [task.options.get("path") for task in settings.tasks.values()] == ["/elsewhere/data"] * 2 + [None]
+    path = tmp_path / "grid.yaml"
+    path.write_text(path.read_text().replace("path: data", "path: /absolute"))
+    assert load_settings(path, data_dir="/elsewhere").tasks["chats"].options["path"] == "/absolute"
+
+
 def test_what_a_run_is_evaluated_on(tmp_path):
     settings = load_settings(write(tmp_path))
     of_chats, of_posts = (Cell("tiny", task, "ce", 1e-3, (0.8, 5.0), 0) for task in ("chats", "posts"))
@@ -174,6 +183,7 @@ def test_a_failure_holds_up_only_what_needs_it(tmp_path):
     states = []
     failed = run_steps([bad, after_bad, good, after_good], lambda step: states.append((step.folder.name, step.state)))
     assert failed == [bad, after_bad]
+    assert (bad.error, after_bad.error) == ("RuntimeError: out of memory", None)
     assert after_good.state == "done" and after_bad.result is None
     assert ("bad", "running") in states and ("after bad", "running") not in states
     assert "out of memory" in (tmp_path / "bad" / "step.error").read_text()
@@ -182,6 +192,14 @@ def test_a_failure_holds_up_only_what_needs_it(tmp_path):
     again = make_step(tmp_path / "bad")
     assert run_steps([again], lambda step: None) == []
     assert not (tmp_path / "bad" / "step.error").exists()
+
+
+@pytest.mark.parametrize("error", [GridError("no data"), OSError(errno.ENOSPC, "No space left on device")])
+def test_what_would_hit_others_alike_stops_the_grid(tmp_path, error):
+    bad, other = make_step(tmp_path / "bad", result=error), make_step(tmp_path / "other")
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        run_steps([bad, other], lambda step: None)
+    assert bad.state == "failed" and other.state == "waiting" and not [*tmp_path.rglob("step.*")]
 
 
 def test_processes_share_the_steps(tmp_path):

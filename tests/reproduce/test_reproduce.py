@@ -3,6 +3,7 @@ import json
 import math
 import os
 import pty
+import signal
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import yaml
 
 from rows import write_lines
 from trl_perce.cli.main import main
-from trl_perce.reproduce.steps import prompt_lengths, read_log
+from trl_perce.reproduce.steps import _run_command, prompt_lengths, read_log
 
 
 TRAINING = {
@@ -282,18 +283,105 @@ def test_errors_come_before_anything_runs(grid, capsys):
     assert done(out) == before
 
 
-def test_a_step_that_fails_is_named(grid, tmp_path, capsys):
+def test_what_would_hit_each_run_alike_stops_before_anything_runs(grid, tmp_path, capsys):
+    run, _ = grid
+    task = write_histories(tmp_path / "crafts", ["linen", "needles"])
+    nowhere = task | {"path": str(tmp_path / "nowhere")}
+    bad = write_histories(tmp_path / "bad", ["linen"])
+    with open(tmp_path / "bad" / "test.jsonl", "a") as file:
+        file.write('{"user": "ann", "history": ["I sew."], "query": "What?"}\n')
+    for changes, message in (
+        ({"tasks": {"a": nowhere, "b": task}}, f"`tasks`, a: There is no file {tmp_path}/nowhere/train.jsonl."),
+        ({"tasks": {"a": bad}}, f"`tasks`, a: {tmp_path}/bad/test.jsonl, record 7: the key 'response' is missing"),
+        ({"tasks": {"a": task | {"validation_rows": 2}}}, "`tasks`, a: There is no file "),
+        ({"tasks": {"a": task | {"formt": "rows"}}}, "`tasks`, a: unknown key `formt`. Did you mean `format`?"),
+        ({"tasks": {"a": {"benchmark": "histories"}}}, "`tasks`, a: `path` is missing."),
+        (
+            {"tasks": {"a": task | {"retrieval": {"methd": "bm25"}}}},
+            "`tasks`, a: unknown key `methd`. Did you mean `method`?",
+        ),
+        ({"tasks": {"a": task | {"retrieval": {"k": 0}}}}, "`tasks`, a: `k` is 0"),
+        ({"models": {"tiny": {"model_name_or_path": "./none"}}}, "`models`, tiny: there is no folder './none' (seen"),
+        ({"training": TRAINING | {"lora_r": "many"}}, "`trl-perce train` of tiny, ce: argument --lora_r"),
+        (
+            {"methods": {"mine": {"token_weighting": "perc"}}},
+            "of tiny, mine: `token_weighting` is 'perc'. Write one of",
+        ),
+        (
+            {"evaluation": EVALUATION | {"max_new_tokens": "few"}},
+            "`trl-perce evaluate` of tiny, crafts: argument --max_new_tokens",
+        ),
+        ({"launch": {"num_proceses": 2}}, "unknown key or argument `num_proceses`. Did you mean `num_processes`?"),
+        ({"quotes": str(tmp_path / "none.json")}, "No such file or directory"),
+        ({"data_dir": "data", "tasks": {"a": {"benchmark": "longlamp"}}}, "no task has a `path`"),
+    ):
+        for arguments in (("--dry_run",), ()):
+            with pytest.raises(SystemExit) as stopped:
+                run("--output_dir", str(tmp_path / "out"), *arguments, **changes)
+            error = capsys.readouterr().err
+            assert stopped.value.code == 2 and error.startswith("trl-perce reproduce: error: ") and message in error
+            assert len(error.splitlines()) == 1 and not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        run("--output_dir", str(tmp_path / "out"), "--tables", "1", "99")
+    assert "`tables`: there is no table 99. Write numbers from 1 to 12." in capsys.readouterr().err
+    # Each task that is concerned has its line
+    with pytest.raises(SystemExit):
+        run("--output_dir", str(tmp_path / "out"), "--dry_run", tasks={"a": nowhere, "b": nowhere})
+    assert [line[:11] for line in capsys.readouterr().err.splitlines()] == ["trl-perce r", "`tasks`, b:"]
+
+
+def test_a_model_that_cannot_load_stops_the_grid_with_its_own_message(grid, tmp_path, capsys):
+    run, _ = grid
+    (tmp_path / "empty").mkdir()
+    models = {"empty": {"model_name_or_path": str(tmp_path / "empty")}}
+    with pytest.raises(SystemExit) as stopped:
+        run("--output_dir", str(tmp_path / "out"), models=models)
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and "Failed:" not in captured.out
+    assert f"error: {tmp_path}/out/untrained/empty/crafts: " in captured.err and "Traceback" not in captured.err
+    assert not [*tmp_path.rglob("*.error")] and not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_run_that_breaks_is_one_failed_run(grid, tmp_path, capsys):
     run, out = grid
-    assert (
-        run(
-            "--output_dir",
-            str(tmp_path),
-            tasks={"none": {"benchmark": "histories", "path": str(tmp_path / "nowhere")}},
-        )
-        == 1
-    )
-    assert "data.error" in capsys.readouterr().out
-    assert "There is no file" in (tmp_path / "data/none/data.error").read_text()
+    tasks = {"crafts": yaml.safe_load((out.parent / "grid.yaml").read_text())["tasks"]["crafts"]}
+    changes = {"tasks": tasks, "methods": ["ce"], "learning_rates": [1e30, 1e-3]}
+    assert run("--output_dir", str(tmp_path), **changes) == 1  # no weight is finite after a step
+    text = capsys.readouterr().out
+    broken, whole = (tmp_path / f"runs/tiny/crafts/ce-lr{rate}-clip0.8-5-seed0" for rate in ("1e+30", "0.001"))
+    (failed,) = (line for line in text.splitlines() if line.startswith("Failed:"))
+    assert failed == f"Failed: {broken}: train.error has" and (broken / "train.error").is_file()
+    assert "Not run, since they need what has failed: 1 steps." in text
+    assert (whole / "crafts" / "evaluate.json").is_file() and not (broken / "crafts" / "evaluate.json").exists()
+
+
+@pytest.mark.parametrize(("code", "number"), [(130, signal.SIGINT), (143, signal.SIGTERM)])
+def test_a_stop_of_a_command_is_one_of_the_grid(tmp_path, code, number):
+    """`train` ends by itself on Ctrl-C; the grid must not take this for a run that failed, and go on."""
+
+    def stop(argv):
+        raise SystemExit(code)
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt(signum)
+
+    before = signal.signal(number, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt, match=str(int(number))):
+            _run_command(stop, {}, tmp_path / "train")
+    finally:
+        signal.signal(number, before)
+
+
+def test_the_data_of_a_grid_may_lie_elsewhere(grid, tmp_path, capsys):
+    run, _ = grid
+    tasks = {"a": write_histories(tmp_path / "crafts", ["linen"]) | {"path": "crafts"}}
+    arguments = ("--output_dir", str(tmp_path / "out"), "--dry_run")
+    assert run(*arguments, "--data_dir", str(tmp_path), tasks=tasks, data_dir="data") == 0
+    assert "0 of 6 steps are done" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(*arguments, tasks=tasks, data_dir="data")
+    assert "There is no file data/crafts/train.jsonl" in capsys.readouterr().err
 
 
 def test_on_a_terminal_the_table_stays_there_and_the_output_goes_to_logs(tiny_model, tmp_path):

@@ -134,7 +134,8 @@ def load(
 
     try:
         what = f"questions of {questions_path}"
-        return draw_rows(len(ids), make, number_to_draw(num_rows, split), seed, what, logger)
+        number = number_to_draw(num_rows, split)
+        return draw_rows(len(ids), make, number, seed, what, logger, num_rows is None)
     finally:
         maker.log(logger, str(questions_path))
 

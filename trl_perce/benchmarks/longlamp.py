@@ -107,7 +107,8 @@ def load(
         return maker(record, take(record, "output", str, where), row_id, user_of(record, _USER_COLUMNS, row_id), where)
 
     try:
-        return draw_rows(len(records), make, number_to_draw(num_rows, split), seed, f"rows of {source}", logger)
+        number = number_to_draw(num_rows, split)
+        return draw_rows(len(records), make, number, seed, f"rows of {source}", logger, num_rows is None)
     finally:
         maker.log(logger, source)
 

@@ -231,6 +231,7 @@ def draw_rows(
     seed: int,
     what: str,
     logger: logging.Logger,
+    by_default: bool = False,
 ) -> list[HistoryRow]:
     """
     Draw usable rows of a source until there are enough. A row is only made once it is drawn: a source on disk is not read whole.
@@ -242,6 +243,8 @@ def draw_rows(
         seed (`int`): The same rows for the same seed and source.
         what (`str`): Names the rows in the log and in messages.
         logger (`logging.Logger`): Gets the number of rows, the seed and a hash of the ids that were drawn.
+        by_default (`bool`, *optional*, defaults to `False`): Whether nobody asked for `num_rows`: rows that are not drawn are then
+            told in a warning.
 
     Returns:
         `list[HistoryRow]`: The rows, in the order of the source.
@@ -260,9 +263,12 @@ def draw_rows(
     if not drawn:
         raise ValueError(f"None of the {num_source} {what} can be used; the log says why.")
     rows = [drawn[index] for index in sorted(drawn)]
-    if num_rows is not None and len(rows) < num_rows:
+    if num_rows is not None and len(rows) < num_rows and not by_default:
         logger.warning(f"There are {len(rows)} usable {what} and not {num_rows}: all are taken.")
-    logger.info(f"{len(rows)} of {num_source} {what}, seed {seed}, ids {ids_hash(row.id for row in rows)}")
+    drawn_of = f"{len(rows)} of {num_source} {what}"
+    if by_default and num_rows is not None and len(rows) == num_rows < num_source:
+        logger.warning(f"{drawn_of} are drawn, the paper's number. `num_rows='all'` takes all.")
+    logger.info(f"{drawn_of}, seed {seed}, ids {ids_hash(row.id for row in rows)}")
     return rows
 
 

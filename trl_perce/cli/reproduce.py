@@ -11,7 +11,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .common import disable_progress_bars
 
@@ -30,6 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", required=True, help="YAML file of the grid, such as recipes/reproduce/local.yaml")
     parser.add_argument("--output_dir", help="folder of all outputs, instead of the file's `output_dir`")
+    parser.add_argument("--data_dir", help="folder of the tasks' files, instead of the file's `data_dir`")
     parser.add_argument("--tables", type=int, nargs="+", help="numbers of the tables to make; by default all")
     parser.add_argument("--tables_only", action="store_true", help="run nothing; make the tables of what is done")
     parser.add_argument("--dry_run", action="store_true", help="run nothing; show what is done and what is to be done")
@@ -44,7 +45,8 @@ def run(argv: list[str]) -> int:
         argv (`list[str]`): Arguments after `trl-perce reproduce`.
 
     Returns:
-        `int`: Exit code: 0, 1 if a step failed, 2 if the arguments or the file are wrong, or earlier outputs have other settings.
+        `int`: Exit code: 0, 1 if a step failed, 2 if the arguments, the file, the data or a model are wrong, or earlier outputs have
+        other settings.
     """
     from filelock import FileLock
 
@@ -63,7 +65,11 @@ def run(argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         parser.exit(2, f"trl-perce reproduce: error: {error}\n")
     for step in failed:
-        console.print(f"Failed: {step.folder}, {step.kind}. See {step.kind}.error there.", style="red", markup=False)
+        if step.error is not None:
+            why = step.error.strip().splitlines()[-1][:200]
+            console.print(f"Failed: {step.folder}: {step.kind}.error has\n  {why}", style="red", markup=False)
+    if held_up := sum(step.error is None for step in failed):
+        console.print(f"Not run, since they need what has failed: {held_up} steps.", style="red", markup=False)
     return 1 if failed else 0
 
 
@@ -90,18 +96,67 @@ def make_steps(settings):
 def _read(args: argparse.Namespace):
     """The grid's steps; those that are done have their results. All that is wrong with the file is found here."""
     from trl_perce.cli.common import check_known, check_writable
+    from trl_perce.reproduce.paper import load_quotes
     from trl_perce.reproduce.settings import load_settings
+    from trl_perce.reproduce.tables import TITLES
 
-    changes = {"output_dir": args.output_dir} if args.output_dir else {}
+    changes = {name: getattr(args, name) for name in ("output_dir", "data_dir") if getattr(args, name) is not None}
     settings = load_settings(args.config, **changes)
+    if settings.quotes is not None:
+        load_quotes(settings.quotes)
+    if unknown := {*(args.tables or ())} - {*TITLES}:
+        raise ValueError(f"`tables`: there is no table {min(unknown)}. Write numbers from 1 to {max(TITLES)}.")
     check_writable(settings.output_dir)
     steps = make_steps(settings)
     for step in steps.train.values():
         check_known(steps.commands["train"].parser, {*step.settings["recipe"]}, launch=False)
-    check_known(steps.commands["evaluate"].parser, {*settings.evaluation}, launch=False)
+    check_known(steps.commands["evaluate"].parser, {*settings.evaluation})
+    check_known(steps.commands["train"].parser, {*settings.launch})
     for step in steps.all():
         step.read()
+    if not args.tables_only:
+        _check_values(steps)
+        _check_models(settings.models)
+        steps.check_data()
     return steps
+
+
+def _check_values(steps) -> None:
+    """Raise on a value that a command would refuse: of one run for each model, method and clip range, the others have the same."""
+    from trl_perce.cli import evaluate, train
+
+    runs = {(cell.model, cell.method, cell.clip): step for cell, step in steps.train.items()}
+    configs = [
+        (train, f"{model}, {method}", runs[model, method, clip].settings["recipe"]) for model, method, clip in runs
+    ]
+    configs += [
+        (evaluate, f"{model}, {task}", parts[0].settings["config"])
+        for (model, task), parts in steps.untrained.items()
+        if steps.settings.tasks[task].benchmark != "aloe"
+    ]
+    for command, name, config in configs:
+        parser = command.make_parser()  # the values become its defaults
+        parser.error = _raise
+        try:
+            parser.set_defaults_with_config(**config)
+            parser.parse_args_and_config([], fail_with_unknown_args=False)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"`trl-perce {command.__name__.split('.')[-1]}` of {name}: {error}") from error
+
+
+def _raise(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def _check_models(models: dict[str, dict[str, Any]]) -> None:
+    """Raise where a model is a folder that is not there."""
+    for name, arguments in models.items():
+        path = arguments["model_name_or_path"]
+        if (path.startswith(("/", ".", "~")) or path.count("/") > 1) and not Path(path).expanduser().exists():
+            hint = "`python examples/smollm2.py` makes it." if "SmolLM2" in path else "Make it first."
+            raise FileNotFoundError(
+                f"`models`, {name}: there is no folder {path!r} (seen from {os.getcwd()}). {hint} Or write a name on the Hub."
+            )
 
 
 def _run_steps(steps, console) -> list:

@@ -12,7 +12,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..utils.files import differences, write_json
+from ..utils.files import differences, is_disk_error, write_json
+
+
+class GridError(ValueError):
+    """What the user has to mend before any step like it can run: no data, no model, an option with a wrong value."""
 
 
 @dataclass
@@ -29,6 +33,7 @@ class Step:
         state (`str`): `"waiting"`, `"running"`, `"done"`, `"elsewhere"` (another process runs it) or `"failed"`.
         result (`dict[str, Any]`, *optional*): What `run` has returned.
         seconds (`float`, *optional*): How long it took.
+        error (`str`, *optional*): Why it failed. `None` where it was not run since it needs one that failed.
     """
 
     folder: Path
@@ -39,6 +44,7 @@ class Step:
     state: str = "waiting"
     result: dict[str, Any] | None = None
     seconds: float | None = None
+    error: str | None = None
 
     @property
     def path(self) -> Path:
@@ -87,6 +93,10 @@ def run_steps(steps: Iterable[Step], changed: Callable[[Step], None], wait: floa
 
     Returns:
         `list[Step]`: The steps that failed, or that need one that failed.
+
+    Raises:
+        [`GridError`]: A step cannot run for a reason that would hit others alike.
+        `OSError`: The disk takes no more.
     """
     steps = [*steps]
     pending = [step for step in steps if step.state != "done"]
@@ -117,7 +127,9 @@ def _try(step: Step, changed: Callable[[Step], None]) -> None:
                 step.do()
     except Timeout:
         step.state = "elsewhere"
-    except Exception:  # a run out of memory, say, is no reason not to try the others
-        step.state = "failed"
+    except Exception as error:  # a run out of memory, say, is no reason not to try the others
+        step.state, step.error = "failed", f"{type(error).__name__}: {error}"
+        if isinstance(error, GridError) or is_disk_error(error):
+            raise
         error_path.write_text(traceback.format_exc(), encoding="utf-8")
     changed(step)

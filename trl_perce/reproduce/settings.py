@@ -98,6 +98,7 @@ class Settings:
         launch (`dict[str, Any]`): Arguments of `accelerate launch` for the training runs, such as `num_processes: 4` or
             `accelerate_config: recipes/accelerate_configs/fsdp2.yaml`. Without any, a run trains as `trl-perce train` does: on all
             devices that this process sees.
+        data_dir (`str`, *optional*): Folder that the `path` of each task is seen from.
         quotes (`str`, *optional*): JSON file of further figures of the paper ([`~reproduce.paper.load_quotes`]).
     """
 
@@ -114,6 +115,7 @@ class Settings:
     judge: dict[str, Any] = field(default_factory=dict)
     launch: dict[str, Any] = field(default_factory=dict)
     quotes: str | None = None
+    data_dir: str | None = None
 
     def cells(self) -> list[Cell]:
         """All runs. Seeds vary slowest, so that a grid that stops early has whole comparisons."""
@@ -204,21 +206,26 @@ def _checked(loaded: dict[str, Any]) -> Settings:
     for clip in clips:
         if not isinstance(clip, list | tuple) or len(clip) != 2 or not 0 <= clip[0] <= clip[1]:
             raise ValueError(f"`clip_ranges`: {clip!r} is not a pair of bounds. Write such as [0.8, 5.0].")
+    tasks = {name: _task(name, task, loaded.get("data_dir")) for name, task in loaded["tasks"].items()}
+    if loaded.get("data_dir") is not None and not any("path" in task.options for task in tasks.values()):
+        raise ValueError("`data_dir` is given, and no task has a `path`, which would be seen from there.")
     return Settings(
         **loaded
         | {
-            "tasks": {name: _task(name, task) for name, task in loaded["tasks"].items()},
+            "tasks": tasks,
             "methods": methods,
             "clip_ranges": [(float(low), float(high)) for low, high in clips],
         }
     )
 
 
-def _task(name: str, loaded: dict[str, Any]) -> Task:
+def _task(name: str, loaded: dict[str, Any], data_dir: str | None) -> Task:
     own = {field.name for field in dataclasses.fields(Task)} - {"name", "options"}
     if not isinstance(loaded, dict) or loaded.get("benchmark") not in BENCHMARKS:
         raise ValueError(f"`tasks`, {name}: `benchmark` must be one of {', '.join(BENCHMARKS)}.")
     options = {key: value for key, value in loaded.items() if key not in own}
+    if data_dir is not None and "path" in options:
+        options["path"] = str(Path(data_dir, options["path"]))
     return Task(name=name, options=options, **{key: value for key, value in loaded.items() if key in own})
 
 

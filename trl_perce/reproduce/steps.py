@@ -9,14 +9,18 @@ The steps of a grid. Each is one of our commands, called in this process with a 
 """
 
 import dataclasses
+import difflib
 import gc
 import hashlib
 import importlib
+import inspect
 import json
 import os
+import re
+import signal
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +30,8 @@ import yaml
 
 from ..history.entries import to_examples
 from ..history.retrieval import Retriever
-from ..utils.files import read_lines, write_json_lines, write_text
-from .grid import Step
+from ..utils.files import is_disk_error, read_lines, write_json_lines, write_text
+from .grid import GridError, Step
 from .settings import Cell, Settings, Task
 
 
@@ -75,6 +79,7 @@ class Steps:
 
     def __init__(self, settings: Settings, commands: Mapping[str, Command]):
         self.settings, self.commands = settings, commands
+        self._loaded: dict[tuple[str, str], list] = {}  # rows of local files, by task and split
         self.folder = Path(settings.output_dir)
         tasks, cells = settings.tasks, settings.cells()
         self.data = {name: self._data_step(task) for name, task in tasks.items() if task.benchmark != "aloe"}
@@ -105,6 +110,47 @@ class Steps:
     def _run_folder(self, cell: Cell) -> Path:
         return self.folder / "runs" / cell.name
 
+    def check_data(self) -> None:
+        """
+        Look at the data that are still to be made, before anything runs: the keys of the tasks, and the rows of local files. What
+        comes from the Hub is not downloaded here.
+
+        Raises:
+            [`GridError`]: A file is not there, a row is bad, or a key is wrong. The message has a line for each task concerned.
+        """
+        problems = []
+        for name, task in self.settings.tasks.items():
+            try:
+                if task.benchmark == "aloe":
+                    self._check_aloe(task)
+                elif self.data[name].state != "done":
+                    self._check_data(task, self.data[name].settings["rows"])
+            except (ValueError, OSError, ImportError) as error:
+                problems.append(f"`tasks`, {name}: {error}")
+        if problems:
+            raise GridError("\n".join(problems))
+
+    def _check_data(self, task: Task, sizes: dict[str, int]) -> None:
+        benchmark = importlib.import_module(f"trl_perce.benchmarks.{task.benchmark}")
+        _check_arguments(benchmark.load, task.options, ("split", "num_rows"))
+        if task.benchmark != "general_qa":
+            _check_arguments(Retriever, task.retrieval, ("cache_dir",))
+            Retriever(**task.retrieval)
+        if "path" in task.options:
+            for split, num_rows in sizes.items():
+                self._loaded[(task.name, split)] = _load(benchmark, task, split, num_rows)
+
+    def _check_aloe(self, task: Task) -> None:
+        from ..benchmarks.aloe import load_personas
+
+        known = {option.lstrip("-") for option in self.commands["aloe"].parser._option_string_actions}
+        for key in task.options:
+            if key not in known:
+                raise ValueError(_unknown(key, known))
+        if "data_dir" not in task.options:
+            raise ValueError("`data_dir` is missing: the folder with ALOE's two files.")
+        load_personas(task.options["data_dir"])
+
     # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _data_step(self, task: Task) -> Step:
@@ -117,14 +163,22 @@ class Steps:
             folder=self.folder / "data" / task.name,
             kind="data",
             settings=options,
-            run=lambda: {split: self._write_rows(task, split, rows) for split, rows in sizes.items()},
+            run=lambda: self._write_data(task, sizes),
         )
+
+    def _write_data(self, task: Task, sizes: dict[str, int]) -> dict[str, Any]:
+        try:
+            with _output_to(self._data_path(task) / "data.log"):
+                return {split: self._write_rows(task, split, rows) for split, rows in sizes.items()}
+        except (ValueError, OSError, ImportError) as error:
+            if is_disk_error(error):
+                raise
+            raise GridError(f"`tasks`, {task.name}: {error}") from error
 
     def _write_rows(self, task: Task, split: str, num_rows: int) -> dict[str, Any]:
         """Load a split, retrieve, and write it as rows that `trl-perce train` and `evaluate` take."""
         benchmark = importlib.import_module(f"trl_perce.benchmarks.{task.benchmark}")
-        source = task.test_split if split == "test" else split
-        rows = benchmark.load(split=source, num_rows=num_rows, **task.options)
+        rows = self._loaded.pop((task.name, split), None) or _load(benchmark, task, split, num_rows)
         if task.benchmark != "general_qa":
             retriever = Retriever(**task.retrieval, cache_dir=self.folder / "cache" / "retrieval")
             rows = to_examples(rows, retriever(rows))
@@ -250,6 +304,27 @@ class Steps:
         return Step(folder, "evaluate", {"config": config} | _trained_with(needs), run, needs)
 
 
+def _load(benchmark: Any, task: Task, split: str, num_rows: int) -> list:
+    return benchmark.load(split=task.test_split if split == "test" else split, num_rows=num_rows, **task.options)
+
+
+def _check_arguments(function: Callable, given: Mapping[str, Any], ours: tuple[str, ...]) -> None:
+    """Raise on keys of the YAML that are no arguments of a function, and on those that it lacks."""
+    parameters = {name: one for name, one in inspect.signature(function).parameters.items() if name not in ours}
+    for key in given:
+        if key not in parameters:
+            raise ValueError(_unknown(key, parameters))
+    for name, one in parameters.items():
+        if one.default is one.empty and name not in given:
+            raise ValueError(f"`{name}` is missing.")
+
+
+def _unknown(key: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(key, known, n=1)
+    hint = f"Did you mean `{nearest[0]}`?" if nearest else f"There are {', '.join(known)}."
+    return f"unknown key `{key}`. {hint}"
+
+
 def _trained_with(needs: tuple[Step, ...]) -> dict[str, Any]:
     """The settings of the training among the steps that an evaluation needs."""
     return {step.kind: step.settings for step in needs if step.kind == "train"}
@@ -292,18 +367,27 @@ def _run_command(
         arguments (`Sequence[str]`): Further arguments.
 
     Raises:
+        [`GridError`]: The command has found data, model or arguments wrong, and has said so.
         `RuntimeError`: The command has not ended well; the message has the end of its log.
+        `KeyboardInterrupt`: It was stopped by Ctrl-C; or by SIGTERM, which is sent to this process again.
     """
     write_text(path.with_suffix(".yaml"), yaml.safe_dump(config, sort_keys=False))
     log_path = path.with_suffix(".log")
+    begin = log_path.stat().st_size if log_path.exists() else 0
     with _output_to(log_path):
         try:
             code: str | int | None = run(["--config", str(path.with_suffix(".yaml")), *arguments])
         except SystemExit as error:  # of its parser
             code = error.code
     gc.collect()  # a trainer is a cycle, which would hold its model
-    if code:
-        raise RuntimeError(f"{log_path} ends with: {log_path.read_text(encoding='utf-8')[-2000:]}")
+    if not code:
+        return
+    said = log_path.read_bytes()[begin:].decode("utf-8", errors="replace").strip()
+    if code in (130, 143):
+        signal.raise_signal(code - 128)
+    if code == 2:
+        raise GridError(f"{path.parent}: {re.split(r'trl-perce [a-z]+: error: ', said)[-1]}")
+    raise RuntimeError(f"{log_path} ends with: {said[-2000:]}")
 
 
 @contextmanager
