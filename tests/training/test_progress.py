@@ -128,16 +128,16 @@ def test_speed_and_time_left_are_of_the_clock(make_args, capsys, monkeypatch):
     state.global_step = 12
     pass_by("on_step_end", 4)
     pass_by("on_log", 0, logs={"loss": 1.0, "num_tokens": 1000.0})  # 1000 tokens in 4 s; 2 of 30 steps in 4 s
-    pass_by("on_evaluate", 20)
+    pass_by("on_evaluate", 20.5)
     state.global_step = 13
     pass_by("on_step_end", 2)
-    pass_by("on_log", 0, logs={"loss": 1.0, "num_tokens": 1300.0})  # 300 tokens in 2 s; 3 of 30 steps in 26 s
+    pass_by("on_log", 0, logs={"loss": 1.0, "num_tokens": 1300.0})  # 300 tokens in 2 s; 3 of 30 steps in 26.5 s
     pass_by("on_save", 6)
     state.global_step = 14
     pass_by("on_step_end", 1)
-    pass_by("on_log", 0, logs={"loss": 1.0, "num_tokens": 1400.0})  # 100 tokens in 1 s; 4 of 30 steps in 33 s
+    pass_by("on_log", 0, logs={"loss": 1.0, "num_tokens": 1400.0})  # 100 tokens in 1 s; 4 of 30 steps in 33.5 s
     rows = [split(line)[-2:] for line in capsys.readouterr().out.splitlines()[1:]]
-    assert rows == [["250", "0:00:56"], ["150", "0:03:54"], ["100", "0:03:34"]]
+    assert rows == [["250", "0:00:56"], ["150", "0:03:58"], ["100", "0:03:37"]]
 
 
 class Mine(ProgressCallback):
