@@ -1,5 +1,6 @@
 """Whole runs: command line, resuming, adapters, NF4 on the real SmolLM2."""
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -46,14 +47,18 @@ def test_the_command_line_trains_evaluates_and_saves(tmp_path, tiny_model, data_
         output_dir=str(tmp_path / "out"),
     )
     result = run("trl-perce", "train", "--config", config, "--learning_rate", "1e-3")
-    logs = [line for line in result.stdout.splitlines() if line.startswith("{")]
-    train_log, eval_log = next(log for log in logs if "'loss'" in log), next(log for log in logs if "eval_loss" in log)
+    logs = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    train_log, eval_log = next(log for log in logs if "loss" in log), next(log for log in logs if "eval_loss" in log)
     for metric in (
         *("nll", "pir/mean", "pir/personal_fraction", "weight/mean", "weight/at_min", "weight/at_max"),
         *("counterfactual/token_ratio", "mean_token_accuracy", "entropy"),
     ):
-        assert f"'{metric}'" in train_log and f"'eval_{metric}'" in eval_log
-    assert "'learning_rate': '0.001'" in train_log  # the command line goes before the file
+        assert metric in train_log and f"eval_{metric}" in eval_log
+    assert train_log["learning_rate"] == 1e-3  # the command line goes before the file
+    # What is on the screen fits there, but for long paths
+    said = (result.stdout + result.stderr).replace(str(tmp_path), "")
+    assert all(len(line) <= 80 for line in said.splitlines()), said
+    assert f"   1 {train_log['loss']:8.3f} {train_log['nll']:8.3f}" in result.stdout and "{" not in result.stdout
     assert "100%" not in result.stderr  # no progress bars where there is no terminal
     card = (tmp_path / "out" / "README.md").read_text()
     assert "2603.06595" in card and "perce" in card
@@ -83,13 +88,14 @@ def test_a_recipe_of_trls_sft_runs_unchanged_with_uniform(tmp_path, tiny_model):
         "max_steps": 2,
     }
     config = recipe(tmp_path / "config.yaml", **values)
-    losses = []
+    stdout = {}
     for command in (["trl", "sft"], ["trl-perce", "train", "--token_weighting", "uniform"]):
         result = run(*command, "--config", config, "--output_dir", str(tmp_path / command[0]))
-        losses.append(
-            [line.split("'grad_norm'")[0] for line in result.stdout.splitlines() if line.startswith("{'loss'")]
-        )
-    assert len(losses[0]) == 2 and losses[0] == losses[1]
+        stdout[command[0]] = result.stdout.splitlines()
+    logs = json.loads((tmp_path / "trl-perce" / "trainer_state.json").read_text())["log_history"]
+    losses = [line.split("'grad_norm'")[0] for line in stdout["trl"] if line.startswith("{'loss'")]
+    assert losses == [f"{{'loss': '{log['loss']:.4g}', " for log in logs if "loss" in log] and len(losses) == 2
+    assert "step     loss       lr tokens/s     left" in stdout["trl-perce"]
     assert_same_adapter(adapter_of(tmp_path / "trl"), adapter_of(tmp_path / "trl-perce"))
 
 

@@ -41,6 +41,7 @@ from .training.estep import EStep
 from .training.finite_check import FiniteCheck
 from .training.fused_head import labelled_positions_only
 from .training.log_prob_store import LogProbStore
+from .training.progress import print_in_lines
 from .training.token_metrics import TokenMetrics
 from .training.weighting import (
     entropy_weights,
@@ -207,6 +208,7 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
         finally:
             args.assistant_only_loss = self._assistant_only_loss
         self._marked_ahead = False
+        print_in_lines(self)
         if self.is_deepspeed_enabled and args.on_nonfinite == "skip":
             raise ValueError(
                 "`on_nonfinite='skip'` does not go with DeepSpeed, whose engine steps by itself. Set it to 'stop'."

@@ -63,7 +63,7 @@ def test_a_worker_ends_with_its_launcher(train_argv):
         **{"stdout": subprocess.PIPE, "text": True, "cwd": ROOT, "start_new_session": True},
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    next(line for line in launcher.stdout if "'loss'" in line)
+    next(line for line in launcher.stdout if line.startswith("step     loss"))
     (process,) = psutil.Process(launcher.pid).children()
     launcher.kill()
     launcher.communicate(timeout=30)

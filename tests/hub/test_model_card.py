@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -14,13 +15,15 @@ from conftest import make_tiny_model
 from rows import make_chat_rows, write_lines
 from trl_perce import PerCETrainer
 from trl_perce.cli.main import main
-from trl_perce.hub.model_card import _adapted, prompt_format
+from trl_perce.hub.model_card import _adapted, folder_as_seen, prompt_format
 
 
 @pytest.fixture
-def make_card(make_args, tokenizer, tmp_path):
+def make_card(make_args, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
     def make(data=None, peft_config=None, train=True, dataset_name=None, **kwargs):
-        args = make_args(output_dir=str(tmp_path / "my-run"), max_length=None, **{"max_steps": 2, **kwargs})
+        args = make_args(output_dir="my-run", max_length=None, **{"max_steps": 2, **kwargs})
         data = Dataset.from_list(make_chat_rows()) if data is None else data
         evaluates = {"eval_dataset": Dataset.from_list(make_chat_rows(3))} if kwargs.get("eval_strategy") else {}
         model = make_tiny_model("llama")
@@ -60,7 +63,7 @@ def test_lora_with_an_evaluation(make_card):
         name: round(evaluated[f"eval_{name}"], 4) for name in ("nll", "loss", "pir/mean", "pir/personal_fraction")
     }
     assert "r 4, alpha 8, dropout 0, on q_proj, v_proj" in text and "steps: 2" in text
-    assert "About me: {persona}\nWhat should I buy, number …?<|im_end|>\n<|im_start|>assistant" in text
+    assert "About me: {persona}\nWhat should I buy, number …<|im_end|>\n<|im_start|>assistant" in text
 
 
 @pytest.mark.parametrize("kind", ["full", "prompt tuning", "loss", "uniform", "sequence", "stream"])
@@ -130,23 +133,92 @@ def test_a_card_before_training_and_a_local_dataset(make_card, tmp_path):
     assert card.data.datasets is None and "| in training |" not in card.text
 
 
+def plain(prompt: str, count: int = 12) -> list[dict]:
+    return [
+        {
+            "persona": f"I am Zarquon the {i}th.",
+            "prompt": prompt.replace("#", f"number {i}"),
+            "completion": " Quibbles.",
+        }
+        for i in range(count)
+    ]
+
+
+CHAT = "<|im_start|>user\nAbout me: {persona}\n"
+TURN = "<|im_end|>\n<|im_start|>assistant\n"
+
+
 @pytest.mark.parametrize(
-    "data, shown",
+    "data, expected",
     [
-        (make_chat_rows(12), "About me: {persona}\nWhat should I buy, number …?<|im_end|>"),
-        (make_chat_rows(12, "What now?"), "About me: {persona}\nWhat now?<|im_end|>"),  # one question, many personas
+        (make_chat_rows(12), (CHAT + "What should I buy, number …" + TURN, "")),
+        (make_chat_rows(12, "What now?"), (CHAT + "…" + TURN, "What now?")),  # one question, many personas
+        (make_chat_rows(12, "What is {}? Keep it short."), (CHAT + "What is …" + TURN, "? Keep it short.")),
+        (make_chat_rows(12, "What is {}?\nOne word."), (CHAT + "What is …\nOne word." + TURN, "")),  # a whole line
+        (plain("Me: {persona}\nQ: # fits?\nA:"), ("Me: {persona}\nQ: number …\nA:", "fits?")),
+        (plain("Q: # fits? Me: {persona}\nA:"), ("Q: number … fits? Me: {persona}\nA:", "")),  # the persona's label
+        (plain("Me: {persona}\nWhat fits?\n"), ("Me: {persona}\n…\n", "What fits?")),
         (make_chat_rows(4), None),  # too few to tell what is shared from what is somebody's
         ([row | {"persona": None} for row in make_chat_rows(12)], None),
     ],
-    ids=["questions", "one question", "few", "no personas"],
+    ids=[
+        *("questions", "one question", "an ending", "a line", "plain", "a question ahead", "one plain question"),
+        *("few", "no personas"),
+    ],
 )
-def test_the_prompt_format_shows_what_is_shared(make_args, tokenizer, data, shown):
+def test_the_prompt_format_shows_what_is_shared(make_args, tokenizer, data, expected):
     from trl_perce.scoring.preparation import Preparation
 
     prepared = Preparation(tokenizer, make_args(max_length=None))(Dataset.from_list(data), "rows").dataset
-    found = prompt_format(prepared, tokenizer)
-    assert found is None if shown is None else shown in found
-    assert "Zarquon" not in json.dumps(found)
+    assert prompt_format(prepared, tokenizer) == expected
+
+
+def test_what_is_saved_has_a_card_that_loads_it(make_args, tokenizer, tiny_model, tmp_path, monkeypatch, caplog):
+    """Without checkpoints, in a checkpoint and in another folder, with what the card says, from where training began."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model, "bases/tiny-base")
+    model = AutoModelForCausalLM.from_pretrained("bases/tiny-base")
+    lora = LoraConfig(r=4, target_modules="all-linear")
+    args = make_args(output_dir="outputs/my-run", max_length=None, max_steps=1, save_strategy="steps", save_steps=1)
+    data = Dataset.from_list(make_chat_rows())
+    trainer = PerCETrainer(model, args, None, data, processing_class=tokenizer, peft_config=lora)
+    trainer.card_dataset = "recipes/README.md"  # a file, though a name on the Hub could look so
+    trainer.train()
+    trainer.save_model("elsewhere")
+    (tmp_path / "outputs" / "my-run" / "README.md").unlink()  # as with `save_strategy="no"`
+    trainer.save_model()
+    for folder, name in (("outputs/my-run", "my-run"), ("outputs/my-run/checkpoint-1", "my-run"), ("elsewhere",) * 2):
+        card = ModelCard.load(f"{folder}/README.md")
+        assert (
+            f'ForCausalLM.from_pretrained("{folder}", ' in card.text
+            and f"score --model_name_or_path {folder} " in card.text
+        )
+        assert card.data.model_name == name and card.data.base_model is None and card.data.datasets is None
+        assert "An adapter for `tiny-base`, a model in a local folder. It answers" in card.text
+        assert "trl-perce" in card.data.tags and "More Information Needed" not in card.content
+        assert str(tmp_path) not in card.content and "Zarquon" not in card.content
+        snippet = re.search(r"```python\n(.*?)```", card.text, flags=re.DOTALL)[1]
+        exec(snippet.replace("max_new_tokens=128", "max_new_tokens=1"), {})  # as a reader would
+    assert trainer.args.output_dir == "outputs/my-run"
+    # A card of the user's own is not written over
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    trainer.save_model("mine")
+    assert "# Mine" in (tmp_path / "mine" / "README.md").read_text()
+    # A card that fails costs nothing but a warning
+    trainer.state.log_history = [{"loss": 1.0, "nll": "high"}]
+    trainer.save_model("late")
+    assert (tmp_path / "late" / "adapter_model.safetensors").is_file()
+    assert "late/README.md could not be written: ValueError" in caplog.text
+
+
+def test_a_folder_as_it_is_seen(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in ("a/b", "./a/b", tmp_path / "here" / "a" / "b"):
+        assert folder_as_seen(folder) == "a/b"
+    assert folder_as_seen(tmp_path / "there") == (tmp_path / "there").as_posix()
+    assert folder_as_seen(".") == (tmp_path / "here").as_posix()  # "." is no name of a model
 
 
 def test_results_of_evaluate_go_into_the_card(make_card, tiny_model, tmp_path, capsys):

@@ -96,7 +96,7 @@ def test_train_push_download_generate(hub, environment, train_argv, tmp_path):
     assert metrics["nll"] == round(last["eval_nll"], 4) and metrics["pir/mean"] == round(last["eval_pir/mean"], 4)
     for text in (
         'from_pretrained("tester/zarq"',
-        "<|im_start|>user\nAbout me: {persona}\nWhat should I buy, number …?<|im_end|>",
+        "<|im_start|>user\nAbout me: {persona}\nWhat should I buy, number …<|im_end|>",
         r"w_i = \mathrm{clip}(\mathrm{PIR}(y_i;\theta), 0.8, 5)",
         "| mean PIR (nats) |",
         "eprint        = {arXiv:2603.06595}",

@@ -11,10 +11,12 @@ from typing import Any
 
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 
 from .. import __version__
-from ..utils.files import write_text
+from ..utils.files import find_shipped, write_text
 
 
 _TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -40,22 +42,24 @@ _METHODS = {"perce": "PerCE", "loss": "LossCE", "entropy": "EntCE", "uniform": "
 _MIN_PROMPTS = 5
 
 
-def write_model_card(trainer, model_name: str | None, dataset_name: str | None) -> None:
+def write_model_card(trainer, repo: str, model_name: str | None, dataset_name: str | None) -> None:
     """
     Write `README.md` to the trainer's `output_dir`, in the place of TRL's, whose tags and links to trackers it takes over.
 
     Args:
         trainer ([`PerCETrainer`]): After, or in, training.
-        model_name (`str`, *optional*): Name of the model.
-        dataset_name (`str`, *optional*): Name of the dataset on the Hub, or its path.
+        repo (`str`): What loads the model: its name on the Hub, or its folder ([`folder_as_seen`]).
+        model_name (`str`, *optional*): Name of the model. Defaults to the last part of `repo`.
+        dataset_name (`str`, *optional*): Name of the dataset on the Hub, or its path, which the card does not show.
     """
     args, model, folder = trainer.args, trainer.model, Path(trainer.args.output_dir)
     of_trl = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
     is_adapter = isinstance(model, PeftModel)
     base = model.config.name_or_path
-    base_id = None if not base or Path(base).exists() else base
-    dataset_id = None if not dataset_name or Path(dataset_name).expanduser().exists() else dataset_name
-    name = model_name or (trainer.hub_model_id or folder.absolute().name).split("/")[-1]
+    base_id = None if not base or _is_local(base) else base
+    dataset_id = None if not dataset_name or _is_local(dataset_name) else dataset_name
+    name = model_name or repo.split("/")[-1]
+    found = prompt_format(trainer.train_dataset, trainer.processing_class)
     results = _last_evaluation(trainer.state.log_history)
     data = ModelCardData(
         base_model=base_id,
@@ -82,8 +86,8 @@ def write_model_card(trainer, model_name: str | None, dataset_name: str | None) 
         data,
         template_path=str(_TEMPLATE),
         name=name,
-        repo=trainer.hub_model_id or folder.absolute().name,
-        base=base_id or (Path(base).name if base else "a model without a name"),
+        repo=repo,
+        base=base_id or (Path(base).name if base else None),
         base_id=base_id,
         dataset_id=dataset_id,
         is_adapter=is_adapter,
@@ -93,7 +97,8 @@ def write_model_card(trainer, model_name: str | None, dataset_name: str | None) 
         statistics=_statistics(trainer.state.log_history),
         results=[(_EVALUATED[metric], _shown(value)) for metric, value in results.items()],
         settings=_settings(trainer),
-        prompt_format=prompt_format(trainer.train_dataset, trainer.processing_class),
+        prompt_format=found and found[0],
+        ending=found and found[1],
         paper=trainer._paper,
         # Ours has no metadata where it is only on the path
         versions=[("trl_perce", __version__), *((package, version(package)) for package in _PACKAGES)],
@@ -102,10 +107,47 @@ def write_model_card(trainer, model_name: str | None, dataset_name: str | None) 
     write_text(folder / "README.md", card.content)
 
 
-def prompt_format(dataset, tokenizer, num_rows: int = 200) -> str | None:
+def folder_as_seen(folder: str | Path) -> str:
+    """
+    A folder as it can be loaded from the current one.
+
+    Args:
+        folder (`str` or `Path`): It need not exist.
+
+    Returns:
+        `str`: Relative if it is in the current folder, else absolute; with slashes.
+    """
+    path, here = Path(folder).expanduser().absolute(), Path.cwd()
+    return (path.relative_to(here) if path.is_relative_to(here) and path != here else path).as_posix()
+
+
+def is_written_by_us(card: Path) -> bool:
+    """Whether a card may be written over: there is none, or it is this package's, TRL's or PEFT's blank one."""
+    if not card.is_file():
+        return True
+    text = card.read_text(encoding="utf-8", errors="replace")
+    return any(mark in text for mark in ("trl-perce", "generated_from_trainer", "[More Information Needed]"))
+
+
+def _is_local(name: str) -> bool:
+    """Whether the name of a model or dataset is no name on the Hub."""
+    if Path(find_shipped(name)).expanduser().exists():
+        return True
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return True
+    return False
+
+
+def prompt_format(dataset, tokenizer, num_rows: int = 200) -> tuple[str, str] | None:
     """
     How the prompts of tokenized rows are built around the persona: the text that they all share, chat template included. What
     differs stands as `…` and a persona as `{persona}`: no persona, question or response is shown.
+
+    What all prompts share *before* what differs counts as format, down to a label such as "Question: ". What they share *behind* it may
+    be the rows' own ("?", "Keep it short."), and counts from the next line or from the next special token of the template on. Where
+    all prompts ask the same, that question is the rows' own.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): With `input_ids`, `labels` and `persona_mask`.
@@ -113,8 +155,9 @@ def prompt_format(dataset, tokenizer, num_rows: int = 200) -> str | None:
         num_rows (`int`, *optional*, defaults to `200`): How many rows are looked at, from the first on.
 
     Returns:
-        `str` or `None`: The text; `None` if it cannot be told: a stream, packed rows, responses that are not marked by `labels`, or
-        fewer than five different prompts with one persona each.
+        `tuple[str, str]` or `None`: The format, and the shared text behind what differs that does not count as format, which may be
+        empty. `None` if it cannot be told: a stream, packed rows, responses that are not marked by `labels`, or fewer than five
+        different prompts with one persona each.
     """
     if not isinstance(dataset, Dataset) or not {"labels", "persona_mask"} <= {*dataset.column_names}:
         return None
@@ -128,7 +171,40 @@ def prompt_format(dataset, tokenizer, num_rows: int = 200) -> str | None:
     texts = [_decode(tokenizer, persona) for persona in personas]
     spaces = {(text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]) for text in texts}
     left, right = spaces.pop() if len(spaces) == 1 else ("", "")
-    return f"{_shared(before, tokenizer)}{left}{{persona}}{right}{_shared(after, tokenizer)}"
+    beginning, ending = _shared(before)
+    shown = _decode(tokenizer, beginning)
+    if ending is not None:
+        label = _decode(tokenizer, ending)
+        shown += "…" + label[next((i for i, character in enumerate(label) if character.isspace()), len(label)) :]
+    shown += f"{left}{{persona}}{right}"
+    only_personas_differ = ending is None
+    beginning, ending = _shared(after)
+    own = ""
+    if ending is not None:
+        own, ending_text = _split_ending(ending, tokenizer)
+        shown += _decode(tokenizer, beginning) + "…" + ending_text
+    elif only_personas_differ:
+        text, rest = _split_special(beginning, tokenizer)
+        own, lines = text.strip(), text.lstrip()
+        shown += text[: len(text) - len(lines)] + "…" + lines[len(lines.rstrip()) :] + rest
+    else:
+        shown += _decode(tokenizer, beginning)
+    # Marks alone say nothing
+    return shown, own.strip() if any(character.isalnum() for character in own) else ""
+
+
+def _split_special(tokens: Sequence[int], tokenizer) -> tuple[str, str]:
+    """Text before the first token that the tokenizer was given for a template, and the text from it on."""
+    special = {*tokenizer.added_tokens_decoder}
+    cut = next((i for i, token in enumerate(tokens) if token in special), len(tokens))
+    return _decode(tokenizer, tokens[:cut]), _decode(tokenizer, tokens[cut:])
+
+
+def _split_ending(tokens: Sequence[int], tokenizer) -> tuple[str, str]:
+    """What of a shared ending may be the rows' own text, up to the end of its line, and the rest."""
+    text, rest = _split_special(tokens, tokenizer)
+    cut = text.find("\n") if "\n" in text else len(text)
+    return text[:cut], text[cut:] + rest
 
 
 def _prompt_parts(row: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
@@ -144,15 +220,14 @@ def _prompt_parts(row: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]
     return tuple(ids[:start]), tuple(ids[start:end]), tuple(ids[end : trained[0]])
 
 
-def _shared(sides: Sequence[Sequence[int]], tokenizer) -> str:
-    """What token sequences begin and end with alike."""
+def _shared(sides: Sequence[Sequence[int]]) -> tuple[Sequence[int], Sequence[int] | None]:
+    """What token sequences begin and end with alike; no ending where they are the same."""
     shortest = min(map(len, sides))
     first = next((i for i in range(shortest) if len({side[i] for side in sides}) > 1), shortest)
     if first == shortest == max(map(len, sides)):
-        return _decode(tokenizer, sides[0])
+        return sides[0], None
     last = next((i for i in range(shortest - first) if len({side[-1 - i] for side in sides}) > 1), shortest - first)
-    side = sides[0]
-    return _decode(tokenizer, side[:first]) + "…" + _decode(tokenizer, side[len(side) - last :])
+    return sides[0][:first], sides[0][len(sides[0]) - last :]
 
 
 def _decode(tokenizer, tokens: Sequence[int]) -> str:
