@@ -1,7 +1,8 @@
 """The sweep over model families: its truth, and what it says of right and wrong."""
 
-import model_families as sweep
 import pytest
+
+import model_families as sweep
 
 
 @pytest.fixture(scope="module")
