@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .. import __version__
 from ..utils.files import write_text
@@ -87,6 +88,7 @@ def write_model_card(trainer, model_name: str | None, dataset_name: str | None) 
         base_id=base_id,
         dataset_id=dataset_id,
         is_adapter=is_adapter,
+        model_class=_own_class(model),
         method=_METHODS[args.token_weighting],
         args=args,
         badges=[line.strip() for line in of_trl.text.splitlines() if line.strip().startswith("[<img ")],
@@ -100,6 +102,17 @@ def write_model_card(trainer, model_name: str | None, dataset_name: str | None) 
     )
     card.content = re.sub(r"\n{3,}", "\n\n", card.content)
     write_text(folder / "README.md", card.content)
+
+
+def _own_class(model) -> str | None:
+    """Name of the class that was trained, where `AutoModelForCausalLM` would load another, whose weights have other names."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    name = type(base).__name__
+    if not type(base).__module__.startswith(
+        "transformers."
+    ):  # code of the model's own, which is found by its configuration
+        return None
+    return None if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(base.config.model_type) == name else name
 
 
 def prompt_format(dataset, tokenizer, num_rows: int = 200) -> str | None:
