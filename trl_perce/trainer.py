@@ -43,6 +43,7 @@ from .training.estep import EStep
 from .training.finite_check import FiniteCheck
 from .training.fused_head import labelled_positions_only
 from .training.log_prob_store import LogProbStore
+from .training.placement import check_placement
 from .training.token_metrics import TokenMetrics
 from .training.weighting import (
     entropy_weights,
@@ -213,6 +214,7 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
         finally:
             args.assistant_only_loss = self._assistant_only_loss
         self._marked_ahead = False
+        check_placement(self.model, trained=True)
         if text_alone:
             freeze_unused(self.model)
         if self.is_deepspeed_enabled and args.on_nonfinite == "skip":
