@@ -101,7 +101,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": VOCAB - 1}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
-    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
+    "deepseek_ocr2": {
+        "text_config.mlp_layer_types": ["dense", "sparse"],
+        **{"text_config.num_experts_per_tok": 2, "text_config.n_group": 1, "text_config.topk_group": 1},
+    },
     "dory": {
         "n_input_layers": 1,
         "n_recurrent_layers": 1,
@@ -109,7 +112,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
         "layer_types": None,
     },
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "dots3_note": {"text_config.num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
     "glm5_next": {"text_config.num_key_value_heads": 4, "text_config.index_topk": 16},
@@ -132,7 +135,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "molmo2": {"adapter_config.vision_feature_layer": [-1, -2]},
     "nemotron": {"num_key_value_heads": 2},
     "paddleocr_vl": {"text_config.rope_parameters": MROPE},
-    "qwen2_5_omni_thinker": {"text_config.rope_parameters": MROPE},
+    "qwen2_5_omni_thinker": {"text_config.rope_parameters": MROPE, "vision_start_token_id": 500},
     "qwen2_5_vl": {"text_config.rope_parameters": MROPE},
     "qwen2_vl": {"text_config.rope_parameters": MROPE},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 500},
@@ -140,6 +143,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds": False},
     "step3p7": {"text_config.sliding_window": WINDOW},
     "xlstm": {"qk_dim_factor": 1.0},
+    "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2, "num_hidden_layers": 4},
 }
 
