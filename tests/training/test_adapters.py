@@ -2,6 +2,8 @@
 
 import copy
 import json
+import shutil
+import warnings
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ from rows import make_chat_rows, write_splits
 from test_processes import train_on_two
 from trl_perce import PerCETrainer
 from trl_perce.training.adapters import experts, fit_adapter, unused_by_text
+from trl_perce.utils.noise import keep_noise_off
 
 
 SIZES = {"vocab_size": 410, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -105,6 +108,12 @@ def test_text_trains_the_text_part_of_a_multimodal_model(gemma3, make_args, tmp_
     assert processor.tokenizer.chat_template == trainer.processing_class.chat_template
 
 
+def test_text_needs_no_processor(gemma3, make_args, tmp_path, caplog):
+    folder = shutil.copytree(gemma3, tmp_path / "without", ignore=shutil.ignore_patterns("processor_config.json"))
+    train(str(folder), make_args, None, LoraConfig(r=2, target_modules="all-linear"), make_chat_rows(4))
+    assert "The tokenizer alone is used, and saved, without the processor:\nCan't load" in caplog.text
+
+
 def test_two_processes_train_a_multimodal_model_on_text(gemma3, tmp_path):
     write_splits(tmp_path / "rows", train=make_chat_rows(4))
     # With checkpointing DDP does not look for parameters that got no gradient
@@ -157,7 +166,12 @@ def test_experts_that_no_adapter_sits_on_are_told(make_args, tokenizer, caplog):
     caplog.clear()
     # The remedy works, beside `all-linear`
     lora = LoraConfig(r=2, target_modules="all-linear", target_parameters=names)
-    trainer, without = train(model, make_args, tokenizer, lora)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        keep_noise_off()  # PEFT's on patterns that it sets by itself
+        train(make_mixture(), make_args, tokenizer, LoraConfig(r=2, target_modules="all-linear"))
+        caplog.clear()
+        trainer, without = train(model, make_args, tokenizer, lora)
     assert without == [] and "The experts" not in caplog.text
     assert any("experts" in name and "lora_B" in name for name, _ in trainer.model.named_parameters())
 

@@ -107,7 +107,8 @@ def _put_on(model: PreTrainedModel, base: str, adapter: str) -> PeftModel:
     weights = load_peft_weights(adapter, device="cpu")
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # hundreds of names; said below
+            # Hundreds of names; what does not fit is said below
+            warnings.filterwarnings("ignore", "Found missing adapter keys|You have passed exclude_modules")
             peft_model = PeftModel.from_pretrained(model, adapter)
         lost = set_peft_model_state_dict(peft_model, weights).unexpected_keys
     except (ValueError, RuntimeError) as error:  # no such modules, or other sizes
