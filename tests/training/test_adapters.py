@@ -159,7 +159,10 @@ def test_experts_that_no_adapter_sits_on_are_told(make_args, tokenizer, caplog):
     assert fit_adapter(lora, model, args) is lora
     share = 2 * 4 * 3 * 16 * 32 / model.num_parameters()
     assert f"The experts ({share:.0%} of the weights) are no linear layers: not trained." in caplog.text
-    assert "`target_parameters` (`lora_target_parameters`) to\n  - " + "\n  - ".join(names) in caplog.text
+    assert (
+        "(`lora_target_parameters`), beside\n`all-linear` for the target modules, to\n  - " + "\n  - ".join(names)
+        in caplog.text
+    )
     caplog.clear()
     fit_adapter(lora, model, args, quantization_config=object())
     assert "neither trained nor quantized" in caplog.text

@@ -184,5 +184,5 @@ def _say_experts(model: PreTrainedModel, peft_config, quantized: bool) -> None:
         neither = "neither trained nor quantized" if quantized else "not trained"
         logger.warning(
             f"The experts ({share:.0%} of the weights) are no linear layers: {neither}.\nTo train them too, set `target_parameters` "
-            f"(`lora_target_parameters`) to\n  - {_listed([*left])}"
+            "(`lora_target_parameters`), beside\n`all-linear` for the target modules, to\n  - " + _listed([*left])
         )
