@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from conftest import make_tiny_model
@@ -97,6 +97,27 @@ def test_an_adapter_of_another_size_is_refused(tiny_model, tmp_path):
     type(model)(config).save_pretrained(tmp_path / "wide")
     with pytest.raises(AdapterError, match="does not fit the model .* size mismatch"):
         load_model(str(tmp_path / "wide"), adapter, PerCEConfig())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
+        LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], use_dora=True, task_type="CAUSAL_LM"),
+        LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 4], task_type="CAUSAL_LM"),
+    ],
+    ids=["prompt", "ia3", "dora and head", "tokens"],
+)
+def test_adapters_of_other_kinds_load(tiny_model, tmp_path, caplog, config):
+    adapted = get_peft_model(make_tiny_model("llama"), config)
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data += 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        loaded = load_model(tiny_model, str(tmp_path / "adapter"), PerCEConfig())(IDS).logits
+        assert torch.equal(loaded, adapted.eval()(IDS).logits) and caplog.text == ""
 
 
 def test_an_adapter_that_changes_nothing_is_told(tiny_model, tmp_path, caplog):

@@ -114,6 +114,8 @@ def _put_on(model: PreTrainedModel, base: str, adapter: str) -> PeftModel:
     except (ValueError, RuntimeError) as error:  # no such modules, or other sizes
         reason = next(iter(str(error).splitlines()[-1:]), "").strip()
         raise AdapterError(f"The adapter {adapter!r} does not fit {on}: {reason}") from error
+    if peft_model.active_peft_config.is_prompt_learning:  # PEFT puts these elsewhere, and fails if they do not fit
+        return peft_model
     if lost or not weights:
         expected = next((name for name, _ in peft_model.named_parameters() if ".lora_" in name), None)
         raise AdapterError(
