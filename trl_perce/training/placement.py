@@ -28,6 +28,8 @@ def check_placement(model, trained: bool = False) -> None:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): With its head.
         trained (`bool`, *optional*, defaults to `False`): Whether it is to be trained.
     """
+    if getattr(model, "hf_device_map", None) is None:  # FSDP, too, loads a model onto `meta`, in all processes but one
+        return
     offloaded = [name for name, weight in model.named_parameters() if weight.device.type == "meta"]
     if trained and offloaded:
         raise ValueError(
