@@ -76,6 +76,8 @@ SIZES: list[tuple[str, int | None]] = [
     (r"key_value_heads|kv_heads|kv_n_heads", 2),
     (r"topk_group|n_group$|n_groups$|ngroups$|o_groups", 1),
     (r"n_(routed_)?shared_experts|num_shared_experts", 1),
+    # All tokens of a row: scores of an untrained indexer are often equal, and which of them it takes depends on the length
+    (r"index_topk$", 64),
     (r"experts_per_tok|top_?k|moe_k$|cross_attn_k", 2),
     (r"(routed|local|num)_experts$|n_routed_experts|zero_expert_num", 4),
     (r"qk_nope_head_dim|qk_rope_head_dim|rotary_dim", 8),
@@ -115,7 +117,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "dots3_note": {"text_config.num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
-    "glm5_next": {"text_config.num_key_value_heads": 4, "text_config.index_topk": 16},
+    "glm5_next": {"text_config.num_key_value_heads": 4},
     "glm46v": {"text_config.rope_parameters": HALF_MROPE},
     "glm4v": {"text_config.rope_parameters": HALF_MROPE},
     "glm4v_moe": {"text_config.rope_parameters": HALF_MROPE},
