@@ -12,7 +12,8 @@ truth is two plain forward passes of single rows, and the formula in float64 on 
 vision or audio is used with text alone.
 
 Each class runs in a process of its own, with a time limit. Results are kept in --output_dir, so that a run goes on where it stopped;
-`--fresh` measures again. At the end it writes models.md (--table). About six seconds a class on one core.
+`--fresh` measures again. At the end it writes models.md (--table). The 275 classes of Transformers 5.24
+took 19 minutes on one of two busy cores.
 """
 
 import argparse

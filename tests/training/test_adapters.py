@@ -95,6 +95,8 @@ def test_text_trains_the_text_part_of_a_multimodal_model(gemma3, make_args, tmp_
     assert without == []
     trained = [name for name, weight in trainer.model.named_parameters() if weight.requires_grad]
     assert trained and not any("vision" in name or "multi_modal" in name for name in trained)
+    optimized = [weight for group in trainer.optimizer.param_groups for weight in group["params"]]
+    assert len(optimized) == len(trained)
     said = "the adapter leaves out" if lora else "these stay frozen"
     assert f"{said}:\n  - model.vision_tower\n  - model.multi_modal_projector" in caplog.text
     if lora:
