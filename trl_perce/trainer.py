@@ -22,6 +22,7 @@ from .persona.dataset import (
     tokenize_with_mask,
 )
 from .persona.turns import choose_turns, is_messages
+from .training.adapters import fit_adapter, freeze_unused, trains_text_alone
 from .training.checkpoint_mixin import CheckpointMixin
 from .training.checks import (
     chat_template,
@@ -32,6 +33,7 @@ from .training.checks import (
     check_trackers,
     is_prepared_by_trl,
     keep_4bit_weights_trainable_on_cpu,
+    load_processor,
     load_tokenizer,
     make_trainable_in_fp16,
     warn_of_noise,
@@ -41,6 +43,7 @@ from .training.estep import EStep
 from .training.finite_check import FiniteCheck
 from .training.fused_head import labelled_positions_only
 from .training.log_prob_store import LogProbStore
+from .training.placement import check_placement
 from .training.progress import print_in_lines
 from .training.token_metrics import TokenMetrics
 from .training.weighting import (
@@ -185,7 +188,8 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
                 eval_dataset, _ = _mark_and_count(eval_dataset, "eval", args, formatting_func)
             first = next(iter(train_dataset))
             if found or (is_messages(first) and args.assistant_only_loss is not False):
-                tokenizer = processing_class = load_tokenizer(model, args, processing_class)
+                self.processor = load_processor(model, args) if processing_class is None else processing_class
+                tokenizer = processing_class = load_tokenizer(model, args, self.processor)
                 template = chat_template(args)
                 if template is not None:
                     tokenizer = copy.deepcopy(processing_class)
@@ -199,6 +203,9 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
             if args.accelerator_config.dispatch_batches:
                 logger.warning("`dispatch_batches` is set to `False`, since PerCE's two passes differ in their rows.")
             args.accelerator_config.dispatch_batches = False
+        text_alone = train_dataset is not None and trains_text_alone(train_dataset)
+        if text_alone and kwargs.get("peft_config") is not None:
+            kwargs["peft_config"] = fit_adapter(kwargs["peft_config"], model, args, kwargs.get("quantization_config"))
         self._marked_ahead = True  # what `SFTTrainer.__init__` prepares is marked, what `evaluate` prepares is not
         args.assistant_only_loss = bool(by_marks)  # TRL checks the template's marks where it goes by them
         try:
@@ -209,6 +216,9 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
             args.assistant_only_loss = self._assistant_only_loss
         self._marked_ahead = False
         print_in_lines(self)
+        check_placement(self.model, trained=True)
+        if text_alone:
+            freeze_unused(self.model)
         if self.is_deepspeed_enabled and args.on_nonfinite == "skip":
             raise ValueError(
                 "`on_nonfinite='skip'` does not go with DeepSpeed, whose engine steps by itself. Set it to 'stop'."

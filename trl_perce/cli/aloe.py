@@ -133,6 +133,7 @@ def run(argv: list[str]) -> int:
         `int`: Exit code: 1 where an endpoint failed. Arguments or files that are wrong exit with 2, before a model loads.
     """
     from trl_perce.evaluation.endpoint import EndpointError
+    from trl_perce.scoring.loading import AdapterError
 
     parser = make_parser()
     if not sys.stderr.isatty():
@@ -146,6 +147,8 @@ def run(argv: list[str]) -> int:
         parser.exit(2, f"trl-perce aloe: error: {error}\n")
     try:
         run.show(run.aloe.run())
+    except AdapterError as error:
+        parser.exit(2, f"trl-perce aloe: error: {error}\n")
     except EndpointError as error:
         parser.exit(1, f"trl-perce aloe: error: {error}\n")
     return 0

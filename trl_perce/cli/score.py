@@ -101,6 +101,7 @@ def run(argv: list[str]) -> int:
         `int`: Exit code. Arguments or rows that are wrong exit with 2, before a model loads.
     """
     from trl_perce import PersonaError
+    from trl_perce.scoring.loading import AdapterError
 
     launched = __name__ == "__main__" or is_worker()
     if launched:
@@ -120,7 +121,7 @@ def run(argv: list[str]) -> int:
         fail("trl-perce score", error, 2)
     try:
         run.score()
-    except PersonaError as error:
+    except (PersonaError, AdapterError) as error:
         fail("trl-perce score", error, 2)
     except FloatingPointError as error:
         fail("trl-perce score", error, 1)

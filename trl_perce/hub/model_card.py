@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .. import __version__
 from ..utils.files import find_shipped, write_text
@@ -91,6 +92,7 @@ def write_model_card(trainer, repo: str, model_name: str | None, dataset_name: s
         base_id=base_id,
         dataset_id=dataset_id,
         is_adapter=is_adapter,
+        model_class=_own_class(model),
         method=_METHODS[args.token_weighting],
         args=args,
         badges=[line.strip() for line in of_trl.text.splitlines() if line.strip().startswith("[<img ")],
@@ -138,6 +140,15 @@ def _is_local(name: str) -> bool:
     except HFValidationError:
         return True
     return False
+
+
+def _own_class(model) -> str | None:
+    """Name of the class that was trained, where `AutoModelForCausalLM` would load another, whose weights have other names."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    name = type(base).__name__
+    if not type(base).__module__.startswith("transformers."):  # the model's own code, found by its configuration
+        return None
+    return None if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(base.config.model_type) == name else name
 
 
 def prompt_format(dataset, tokenizer, num_rows: int = 200) -> tuple[str, str] | None:

@@ -2,14 +2,24 @@
 
 """Models and tokenizers for scoring."""
 
+import logging
+import warnings
+
 from accelerate import PartialState
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, find_adapter_config_file
 from trl.trainer.utils import create_model_from_path
 
 from ..config import PerCEConfig
 from ..training.checks import load_tokenizer
+
+
+logger = logging.getLogger(__name__)
+
+
+class AdapterError(ValueError):
+    """An adapter does not fit the model that it is put on."""
 
 
 def find_adapter(name: str, adapter: str | None = None) -> tuple[str, str | None]:
@@ -77,6 +87,9 @@ def load_model(
 
     Returns:
         [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: In evaluation mode.
+
+    Raises:
+        `AdapterError`: Weights of the adapter have no place in the model.
     """
     kwargs = {"dtype": "auto", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     if quantization_config is not None:
@@ -85,4 +98,32 @@ def load_model(
     if state.num_processes > 1 and state.device.type != "cpu":
         kwargs.setdefault("device_map", {"": state.device})  # TRL's "auto" would spread each copy over all GPUs
     model = create_model_from_path(base, **kwargs)
-    return (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
+    return (model if adapter is None else _put_on(model, base, adapter)).eval()
+
+
+def _put_on(model: PreTrainedModel, base: str, adapter: str) -> PeftModel:
+    """Put an adapter on a model; PEFT would leave out what has no place there, and go on with the model as it was."""
+    on = f"the model {base!r} ({type(model).__name__})"
+    weights = load_peft_weights(adapter, device="cpu")
+    try:
+        with warnings.catch_warnings():
+            # Hundreds of names; what does not fit is said below
+            warnings.filterwarnings("ignore", "Found missing adapter keys|You have passed exclude_modules")
+            peft_model = PeftModel.from_pretrained(model, adapter)
+        lost = set_peft_model_state_dict(peft_model, weights).unexpected_keys
+    except (ValueError, RuntimeError) as error:  # no such modules, or other sizes
+        reason = next(iter(str(error).splitlines()[-1:]), "").strip()
+        raise AdapterError(f"The adapter {adapter!r} does not fit {on}: {reason}") from error
+    if peft_model.active_peft_config.is_prompt_learning:  # PEFT puts these elsewhere, and fails if they do not fit
+        return peft_model
+    if lost or not weights:
+        expected = next((name for name, _ in peft_model.named_parameters() if ".lora_" in name), None)
+        raise AdapterError(
+            f"{len(lost)} of the {len(weights)} weights of the adapter {adapter!r} have no place in {on}, such as "
+            f"{next(iter(lost), None)!r}"
+            + (f"; the model has {expected!r}" if expected else "")
+            + ". It was trained on another model or class: its model card names which."
+        )
+    if all(not weight.any() for name, weight in weights.items() if "lora_B" in name) and "lora_B" in str([*weights]):
+        logger.warning(f"The adapter {adapter!r} changes nothing: all its `lora_B` are 0, as before training.")
+    return peft_model

@@ -25,6 +25,7 @@ from ..persona.rows import find_bad_row
 from ..training.checks import keep_4bit_weights_trainable_on_cpu, load_tokenizer
 from ..training.collator import DataCollatorForPerCE
 from ..training.estep import labelled_log_probs, split_into_chunks
+from ..training.placement import check_placement, input_device
 from ..training.weighting import perce_weights, personal_influence_ratio
 from ..utils.share import EVERYTHING, Share
 from .loading import find_adapter, load_model, load_scoring_tokenizer
@@ -237,7 +238,7 @@ class PerContrast:
         """Log-probabilities (nats, `float32`) of each row's labelled tokens, batched by length."""
         log_probs: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(rows)
         lengths = [len(row["input_ids"]) for row in rows]
-        device = next(self.model.parameters()).device
+        device = input_device(self.model)
         for chunk in split_into_chunks(lengths, self.args.score_batch_tokens, padded=True):
             batch = self._collator.counterfactual_batch([rows[index] for index in chunk])
             scored = labelled_log_probs(self.model, batch, device).float().cpu().numpy()
@@ -291,13 +292,14 @@ class PerContrast:
         model = extract_model_from_parallel(self.model)
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         keep_4bit_weights_trainable_on_cpu(base)
+        check_placement(base)
         training = {module: module.training for module in self.model.modules()}
         own_forward = base.__dict__.get("forward")
         dtype = autocast_dtype(self.args)
         try:
             self.model.eval()
             add_fused_lm_head(base)
-            with torch.autocast(base.device.type, dtype, enabled=dtype is not None):
+            with torch.autocast(input_device(base).type, dtype, enabled=dtype is not None):
                 yield
         finally:
             if own_forward is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from accelerate.logging import get_logger
 from safetensors import SafetensorError
-from transformers import Trainer
+from transformers import ProcessorMixin, Trainer
 
 from .checkpoints import CheckpointError, check_whole, last_whole_checkpoint
 from .log_prob_store import LogProbStore
@@ -18,8 +18,11 @@ logger = get_logger(__name__)
 class CheckpointMixin(Trainer):
     """
     Over a trainer: `train(resume_from_checkpoint=True)` passes over checkpoints that were not written to their end, and a checkpoint
-    that cannot be written is a [`~checkpoints.CheckpointError`] that names the last whole one.
+    that cannot be written is a [`~checkpoints.CheckpointError`] that names the last whole one. The processor of a multimodal model, of
+    which the tokenizer alone is trained with, is saved beside it.
     """
+
+    processor = None  # a tokenizer, or the processor that it is of
 
     _log_prob_store: LogProbStore | None = None
     _rng_checkpoint: str | Path | None = None  # whose random state is still to be loaded
@@ -39,6 +42,13 @@ class CheckpointMixin(Trainer):
             resume_from_checkpoint = whole or True  # `True` where there is none: `Trainer` says so
         self._rng_checkpoint = resume_from_checkpoint if isinstance(resume_from_checkpoint, (str, Path)) else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if isinstance(self.processor, ProcessorMixin) and self.args.should_save:
+            self.processor.tokenizer = self.processing_class  # as it was trained with
+            self.processor.chat_template = self.processing_class.chat_template
+            self.processor.save_pretrained(output_dir or self.args.output_dir)
+        super().save_model(output_dir, _internal_call)
 
     def load_rng_state_once(self) -> None:
         """Load the random state of the checkpoint that the run resumes from, for what draws before `Trainer` loads it."""

@@ -168,15 +168,30 @@ def is_prepared_by_trl(train_dataset, args: PerCEConfig) -> bool:
     return True
 
 
+def load_processor(model, args: PerCEConfig):
+    """
+    The tokenizer of the run, or the processor of a multimodal model, loaded as `SFTTrainer` would once it has the model. Where a processor
+    cannot be loaded, since it is not there or a package is missing, its tokenizer is all that text needs.
+    """
+    by_name = isinstance(model, str)
+    name = model if by_name else get_config_model_id(model.config)
+    kwargs = {
+        "revision": (args.model_init_kwargs or {}).get("revision") if by_name else None,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    try:
+        return AutoProcessor.from_pretrained(name, **kwargs)
+    except (ImportError, OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+        reason = next(line.strip() for line in str(error).splitlines() if line.strip())
+        logger.warning(f"The tokenizer alone is used, and saved, without the processor:\n{reason}")
+        return tokenizer
+
+
 def load_tokenizer(model, args: PerCEConfig, processing_class):
-    """The tokenizer of the run, loaded as `SFTTrainer` would once it has the model."""
+    """The tokenizer of the run: that of `processing_class`, or where it is `None`, of [`load_processor`]."""
     if processing_class is None:
-        by_name = isinstance(model, str)
-        processing_class = AutoProcessor.from_pretrained(
-            model if by_name else get_config_model_id(model.config),
-            revision=(args.model_init_kwargs or {}).get("revision") if by_name else None,
-            trust_remote_code=args.trust_remote_code,
-        )
+        processing_class = load_processor(model, args)
     if isinstance(processing_class, ProcessorMixin):  # a vision-language model, of which only the text is trained
         tokenizer = processing_class.tokenizer
         tokenizer.chat_template = tokenizer.chat_template or processing_class.chat_template

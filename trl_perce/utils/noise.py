@@ -16,6 +16,8 @@ LOGGED = {
 WARNED = {
     # PEFT 0.21 and TRL 1.16 ask a model by the names of before Transformers 5.23
     FutureWarning: r".(is_)?gradient_checkpointing(_enable|_disable)?. is deprecated",
+    # PEFT 0.21 sets these by itself for mixtures of experts, adapted or not
+    RuntimeWarning: r"The following (rank|alpha)_pattern keys did not match .* ignored: \['[^',]*gate_up_proj'\]",
 }
 
 
