@@ -203,7 +203,8 @@ def test_rows_without_personas_pay_no_counterfactual_pass(make_args, tokenizer, 
     model = make_tiny_model("llama")
     forwards = []
     model.model.register_forward_hook(lambda *_: forwards.append(1))
-    trainer = train(make_args, tokenizer, model, rows, per_device_train_batch_size=1, num_train_epochs=1)
+    options = {"per_device_train_batch_size": 1, "num_train_epochs": 1, "check_model": False}
+    trainer = train(make_args, tokenizer, model, rows, **options)
     assert len(forwards) == 4 + 1  # four micro-batches; one of them (row 0) has a persona
     weights = [log["weight/mean"] for log in trainer.state.log_history if "weight/mean" in log]
     assert sum(weight == 1.0 for weight in weights) == 3

@@ -41,6 +41,7 @@ from .training.estep import EStep
 from .training.finite_check import FiniteCheck
 from .training.fused_head import labelled_positions_only
 from .training.log_prob_store import LogProbStore
+from .training.model_check import ModelCheckMixin, check_architecture
 from .training.token_metrics import TokenMetrics
 from .training.weighting import (
     entropy_weights,
@@ -54,7 +55,7 @@ from .training.weighting import (
 logger = get_logger(__name__)
 
 
-class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
+class PerCETrainer(CheckpointMixin, UploadMixin, ModelCheckMixin, SFTTrainer):
     """
     Trainer for the PerCE loss, from [Rethinking Personalization in Large Language Models at the Token
     Level](https://huggingface.co/papers/2603.06595).
@@ -162,6 +163,7 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
             raise TypeError(f"`args` must be a `PerCEConfig`, got a `{type(args).__name__}`.")
         check_arguments(args, data_collator, kwargs)
         check_model(model, kwargs)
+        check_architecture(model, args)
         check_dataset(train_dataset, "train_dataset")
         evaluated = eval_dataset if type(eval_dataset) is dict else {"eval_dataset": eval_dataset}
         for name, dataset in evaluated.items():
@@ -227,7 +229,7 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
         keep_4bit_weights_trainable_on_cpu(self.model)
 
         if args.token_weighting == "perce":
-            warn_of_noise(self.model, args)
+            self._warned_of_noise = warn_of_noise(self.model, args)
             if data_collator is None:  # the collator that TRL built, with both passes
                 self.data_collator: Any = DataCollatorForPerCE(
                     **dataclasses.asdict(self.data_collator), counterfactual=args.counterfactual
@@ -277,16 +279,21 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._finite_check.start(batches)
+        if batches:
+            with self.compute_loss_context_manager():
+                self.check_model_once(self.model_wrapped, batches[0], training=True)
         if self.args.token_weighting == "perce" and batches:
             self.load_rng_state_once()  # `Trainer` loads it after the E-step, whose dropout has drawn by then
             # E-step, with the parameters and in the mode of the M-step
             self.model_wrapped.train()
             self.optimizer.train()
             with self.compute_loss_context_manager():
-                self._e_step(self.model_wrapped, batches, epoch=int(self.state.epoch))
+                self._e_step(self.scored(self.model_wrapped), batches, epoch=int(self.state.epoch))
         return batches, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.check_model_once(model, inputs, training=False)  # where no window came before: evaluation
+        model = self.scored(model)
         if self.args.token_weighting == "uniform":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
