@@ -125,6 +125,7 @@ class PerCETrainer(CheckpointMixin, UploadMixin, ModelCheckMixin, SFTTrainer):
         `PersonaError`: The persona cannot be told from a row, or no row of `train_dataset` has one. Raised before the
             model loads wherever the rows themselves show it.
         `ValueError`: Arguments that cannot go together.
+        `ModelCheckError`: Before the first step: the model would be scored wrongly (`check_model`); the message says what to set.
         `FloatingPointError`: In training, with `on_nonfinite="stop"`: a log-probability, a PIR or the gradient is NaN or infinite.
         `UploadError`: With `push_to_hub`: the repository cannot be made, before the model loads; an upload failed after several tries.
         `CheckpointError`: In training: a checkpoint could not be written (a full disk). Those before are as they were.

@@ -36,8 +36,10 @@ from trl.trainer.utils import add_fused_lm_head
 
 from conftest import TINY_CONFIGS, make_tiny_model
 from reference import make_rows, masked_context_log_probs, reference, response_log_probs
+from rows import write_splits
 from runs import assert_close, one_sgd_step, record_pir, to_dataset, train
 from trl_perce import PerCETrainer, PerContrast
+from trl_perce.cli.main import main
 from trl_perce.training.model_check import LENGTHS, ModelCheck, rounding_error
 from trl_perce.training.model_check import make_rows as make_check_rows
 
@@ -228,6 +230,23 @@ def test_what_cannot_work_is_told_before_the_weights_load(make_args, tokenizer, 
             PerCETrainer(model, make_args(**options), train_dataset=dataset, processing_class=tokenizer)
 
 
+def test_the_command_line_says_it_in_a_line(tmp_path, tokenizer, capfd):
+    folder = tmp_path / "model"
+    make_model("absolute positions").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    rows = write_splits(tmp_path / "rows", train=[row.tokenized() for row in make_rows(seed=83, count=4)])
+    argv = ["--model_name_or_path", str(folder), "--dataset_name", rows, "--use_cpu", "--bf16", "False"]
+    argv += ["--output_dir", str(tmp_path / "run"), "--report_to", "none", "--max_length", "64"]
+    assert main(["train", *argv, "--packing", "true"]) == 2
+    said = capfd.readouterr().err
+    assert "trl-perce train: error: OPTForCausalLM does not keep documents" in said and "Traceback" not in said
+
+
+def test_an_auxiliary_loss_that_a_model_does_not_have_is_not_left_out_in_silence(make_args, tokenizer):
+    with pytest.raises(ValueError, match="no auxiliary loss, .* `router_aux_loss_coef`. Set it to 0"):
+        train(make_args, tokenizer, make_model("Llama 4"), make_rows(seed=84, count=2))
+
+
 # ── the check itself ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -253,18 +272,15 @@ def test_what_a_model_does_wrong_is_named(make_args, tokenizer, fault, message):
 
 
 def test_training_is_the_same_bit_for_bit_with_the_check(make_args, tokenizer):
-    config = copy.deepcopy(TINY_CONFIGS["gpt2"])
-    config.update({"resid_pdrop": 0.1})  # draws
     states = []
     for check_model in (True, False):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
+        model = make_model("random experts")  # which draw in training mode
         options = {"counterfactual": "mask", "max_steps": 3, "learning_rate": 1e-2, "gradient_accumulation_steps": 2}
         train(make_args, tokenizer, model, make_rows(seed=81, count=8), **options, check_model=check_model)
-        states.append((model.state_dict(), torch.get_rng_state(), [m.training for m in model.modules()]))
-    (ours, *rest), (theirs, *others) = states
+        states.append((model.state_dict(), torch.get_rng_state()))
+    (ours, our_state), (theirs, their_state) = states
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert torch.equal(rest[0], others[0]) and rest[1] == others[1]
+    assert torch.equal(our_state, their_state)
 
 
 def test_the_noise_of_a_model_is_warned_of(make_args, tokenizer, caplog):

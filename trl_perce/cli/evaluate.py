@@ -154,10 +154,11 @@ def _make_evaluation(script_args, options, args, model_args, dataset_args, argv)
 def _run(evaluation, updates_card: bool) -> None:
     from trl_perce import PersonaError
     from trl_perce.evaluation.endpoint import EndpointError
+    from trl_perce.training.model_check import ModelCheckError
 
     try:
         result = evaluation.run()
-    except PersonaError as error:
+    except (PersonaError, ModelCheckError) as error:
         fail("trl-perce evaluate", error, 2)
     except (EndpointError, FloatingPointError) as error:
         fail("trl-perce evaluate", error, 1)

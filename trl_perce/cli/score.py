@@ -98,6 +98,7 @@ def run(argv: list[str]) -> int:
         `int`: Exit code. Arguments or rows that are wrong exit with 2, before a model loads.
     """
     from trl_perce import PersonaError
+    from trl_perce.training.model_check import ModelCheckError
 
     launched = __name__ == "__main__" or is_worker()
     if launched:
@@ -117,7 +118,7 @@ def run(argv: list[str]) -> int:
         fail("trl-perce score", error, 2)
     try:
         run.score()
-    except PersonaError as error:
+    except (PersonaError, ModelCheckError) as error:
         fail("trl-perce score", error, 2)
     except FloatingPointError as error:
         fail("trl-perce score", error, 1)

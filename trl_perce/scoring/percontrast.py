@@ -131,7 +131,8 @@ class PerContrast:
         Raises:
             `PersonaError`: A row's persona is unclear (the message names the row), or all are the same and `counterfactual="swap"`.
             `TypeError`: They are no rows, such as a name of a file.
-            `ValueError`: There is no row, or it holds images; or the model is one that is not scored rightly (`check_model`).
+            `ValueError`: There is no row, or it holds images.
+            `ModelCheckError`: The model would be scored wrongly (`check_model`); the message says what to set.
             `FloatingPointError`: With `on_nonfinite="stop"`: a log-probability is NaN or infinite. The message names the row.
         """
         if type(rows) is dict:  # a `DatasetDict` is one, too

@@ -14,6 +14,10 @@ from trl.trainer import utils
 Head = Callable[[Any], Callable[..., Any]]
 
 
+class ModelCheckError(ValueError):
+    """A model on which log-probabilities or the loss would be wrong. The message says where, by how much, and what to set."""
+
+
 @contextmanager
 def labelled_positions_only() -> Iterator[None]:
     """
@@ -41,8 +45,8 @@ def logits_head(model) -> Callable[..., Any]:
 
     Returns:
         `Callable`: To be called as the model. With `fused_lm_head=True` it gives TRL's `FusedCausalLMOutput` with `log_probs` (in
-        nats), `entropy`, `is_top1`, `label_mask` and the model's own `aux_loss`, if any; a `ValueError` if one is asked for
-        and there is none.
+        nats), `entropy`, `is_top1`, `label_mask` and the model's own `aux_loss`, if any; a [`ModelCheckError`] if one
+        is asked for and there is none.
     """
 
     def call(fused_lm_head: bool = False, labels: torch.Tensor | None = None, **kwargs):
@@ -51,7 +55,7 @@ def logits_head(model) -> Callable[..., Any]:
         outputs = model(**kwargs)
         aux_loss = getattr(outputs, "aux_loss", None)
         if kwargs.get("output_router_logits") and aux_loss is None:
-            raise ValueError(
+            raise ModelCheckError(
                 f"{type(outputs).__name__} has no auxiliary loss, so that there is nothing to weight by `router_aux_loss_coef`. Set it "
                 "to 0."
             )

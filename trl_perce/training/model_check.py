@@ -24,7 +24,7 @@ from ..config import PerCEConfig, autocast_dtype
 from .checks import linear_4bit_modules
 from .collator import DataCollatorForPerCE
 from .estep import labelled_log_probs
-from .fused_head import Head, logits_head
+from .fused_head import Head, ModelCheckError, logits_head
 
 
 logger = get_logger(__name__)
@@ -140,7 +140,7 @@ class ModelCheck:
             model's logits; `None` where it gives the same.
 
         Raises:
-            `ValueError`: The scores are wrong in a way that cannot be mended here. The message says in which, by how much, and what
+            `ModelCheckError`: The scores are wrong in a way that cannot be mended here. The message says in which, by how much, and what
                 to set.
         """
         with self._undisturbed(training=False):
@@ -148,13 +148,13 @@ class ModelCheck:
                 plain = [self._plain(row) for row in self.rows]
             except _MODELS_OWN as error:
                 _unless_out_of_memory(error)
-                raise ValueError(
+                raise ModelCheckError(
                     f"{self.name} fails on a short row of text: {type(error).__name__}: {error}. Is it a model that predicts the next "
                     "token of a text? " + _SKIP
                 ) from error
             nats = self._difference(plain[1], plain[2][: len(plain[1])])
             if nats is not None:
-                raise ValueError(
+                raise ModelCheckError(
                     f"{self.name} sees the tokens that it is to predict: what stands behind a token changes its log-probability by "
                     f"{nats:.2g} nats. Only causal models (decoders) can be trained and scored. " + _SKIP
                 )
@@ -163,7 +163,7 @@ class ModelCheck:
             if nats is not None and self._head_is_off(expected):
                 nats, failure = self._compare_layout(flattened, expected)
             if nats is not None:
-                raise ValueError(self._describe_layout(flattened, nats, failure)) from failure
+                raise ModelCheckError(self._describe_layout(flattened, nats, failure)) from failure
             if mask and not self._has_short_window():
                 self._check_mask()
         return self.head
@@ -237,7 +237,7 @@ class ModelCheck:
             if is_hidden and self._difference(found, self._hidden_persona()) is None:
                 return
         off = _off(nats, error)
-        raise ValueError(
+        raise ModelCheckError(
             f"{self.name} does not leave a masked persona out of its sight in place{off}. Set `counterfactual: drop`, or try another "
             "`attn_implementation`. " + _SKIP
         )
@@ -315,10 +315,10 @@ class ModelCheck:
     @contextmanager
     def _undisturbed(self, training: bool) -> Iterator[None]:
         modes = {module: module.training for module in self.model.modules()}
-        accelerator = self.device.type != "cpu" and torch.accelerator.is_available()
-        devices = [*range(torch.accelerator.device_count())] if accelerator else []
+        on_cards = self.device.type in ("cuda", "xpu", "npu")  # whose random states have numbers
+        devices = [*range(torch.accelerator.device_count())] if on_cards else []
         try:
-            with torch.random.fork_rng(devices, device_type=self.device.type if accelerator else "cuda"):
+            with torch.random.fork_rng(devices, device_type=self.device.type if on_cards else "cuda"):
                 self.model.train(training)
                 yield
         finally:
