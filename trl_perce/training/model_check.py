@@ -122,7 +122,7 @@ class ModelCheck:
         self.base = extract_model_from_parallel(model)
         if isinstance(self.base, PeftModel):
             self.base = self.base.get_base_model()
-        self.name = type(self.base).__name__
+        self.name = type(self.base).__name__.removeprefix("FSDP")  # which FSDP2 puts before it
         self.rows = make_rows(tokens)
         self.head: Head | None = None  # that scores, if not TRL's
 
