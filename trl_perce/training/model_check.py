@@ -379,7 +379,11 @@ def rounding_error(model, autocast: torch.dtype | None = None) -> float:
     dtypes = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
     dtypes |= {layer.compute_dtype for layer in linear_4bit_modules(model) if layer.compute_dtype is not None}
     errors = [torch.finfo(dtype).eps / 4 for dtype in dtypes | ({autocast} if autocast else set())]
-    errors.append({"highest": 0.0, "high": 2**-12, "medium": 2**-9}[torch.get_float32_matmul_precision()])
+    backends = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    precisions = [getattr(backend, "fp32_precision", None) for backend in backends]
+    if None in precisions:  # before torch 2.9; later it is an error where the new names have been used
+        precisions.append({"high": "tf32", "medium": "bf16"}.get(torch.get_float32_matmul_precision()))
+    errors += [{"tf32": 2**-12, "bf16": 2**-9}.get(str(precision), 0.0) for precision in precisions]
     if getattr(model, "is_loaded_in_8bit", False):
         errors.append(2**-8)  # of the largest value of a token
     return max(errors)
