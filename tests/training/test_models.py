@@ -313,19 +313,11 @@ def test_rows_of_the_check():
 
 def test_the_error_of_one_rounding():
     model = make_tiny_model("llama")
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
+    if hasattr(torch.backends, "fp32_precision"):
+        before = torch.backends.fp32_precision
+        torch.backends.fp32_precision = "tf32"  # as `tf32: true` does, after which the old name is an error
         assert rounding_error(model) == 2**-12
-        if hasattr(
-            torch.backends, "fp32_precision"
-        ):  # as `tf32: true` sets it, after which the line above is an error
-            torch.set_float32_matmul_precision(before)
-            torch.backends.fp32_precision = "tf32"
-            assert rounding_error(model) == 2**-12
-            torch.backends.fp32_precision = "none"
-    finally:
-        torch.set_float32_matmul_precision(before)
+        torch.backends.fp32_precision = before
     assert rounding_error(model) == 2**-25 and rounding_error(model, torch.bfloat16) == 2**-9
     assert rounding_error(model.to(torch.float16)) == 2**-12
     four_bit = torch.nn.Sequential(bitsandbytes.nn.Linear4bit(8, 8, compute_dtype=torch.bfloat16))
