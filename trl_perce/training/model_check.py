@@ -120,7 +120,11 @@ class ModelCheck:
         self.model, self.device, self.autocast, self.gather = model, device, autocast, gather
         self.pad_token_id = pad_token_id
         self.base = extract_model_from_parallel(model)
+        self._hint = "Is it a model that predicts the next token of a text?"
         if isinstance(self.base, PeftModel):
+            self._hint = (
+                "Does the adapter sit on a layer that is not a plain one, such as a router? See `target_modules`."
+            )
             self.base = self.base.get_base_model()
         self.name = type(self.base).__name__.removeprefix("FSDP")  # which FSDP2 puts before it
         self.rows = make_rows(tokens)
@@ -149,8 +153,7 @@ class ModelCheck:
             except _MODELS_OWN as error:
                 _unless_out_of_memory(error)
                 raise ModelCheckError(
-                    f"{self.name} fails on a short row of text: {type(error).__name__}: {error}. Is it a model that predicts the next "
-                    "token of a text? " + _SKIP
+                    f"{self.name} fails on a short row of text: {type(error).__name__}: {error}. {self._hint} " + _SKIP
                 ) from error
             nats = self._difference(plain[1], plain[2][: len(plain[1])])
             if nats is not None:
