@@ -62,14 +62,14 @@ def response_log_probs(model, context: list[int], response: list[int], **kwargs)
     return log_softmax.gather(1, torch.tensor(response)[:, None])[:, 0], entropy
 
 
-def masked_context_log_probs(model, row: Row):
+def masked_context_log_probs(model, row: Row, dtype=torch.float64):
     """The counterfactual with everything in place: full sequence, and a 4D mask that hides the persona's tokens."""
     ids = row.tokenized()["input_ids"]
     size, start, end = len(ids), len(row.before), len(row.before) + len(row.persona)
     seen = torch.ones(size, size, dtype=torch.bool).tril()
     seen[:, start:end] = False
     seen |= torch.eye(size, dtype=torch.bool)  # a row of the softmax needs one entry; no other token sees these
-    bias = torch.zeros(1, 1, size, size, dtype=torch.float64).masked_fill(~seen, torch.finfo(torch.float64).min)
+    bias = torch.zeros(1, 1, size, size, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
     logits = model(
         input_ids=torch.tensor([ids]), attention_mask=bias, position_ids=torch.arange(size)[None], use_cache=False
     ).logits[0]
@@ -93,6 +93,7 @@ def reference(
     clip_min: float = 0.8,
     clip_max: float = 5.0,
     normalization: str = "none",
+    dft: bool = False,
 ) -> Reference:
     """Loss (nats a token), gradients, PIR and weights of one batch that holds all the rows."""
     model = copy.deepcopy(model).double().eval()
@@ -116,7 +117,8 @@ def reference(
             if normalization == "sequence":
                 weights = weights / weights.mean()
         all_weights.append(weights.tolist())
-        total = total - (weights.detach() * log_probs).sum()
+        probs = log_probs.exp() if dft else torch.ones_like(log_probs)
+        total = total - (weights.detach() * probs.detach() * log_probs).sum()
         count += len(row.response)
     loss = total / count
     loss.backward()

@@ -31,8 +31,8 @@ def train(make_args, tokenizer, model, rows, **kwargs):
 
 
 def one_sgd_step(make_args, tokenizer, kind, rows, dtype=torch.float32, **kwargs):
-    """Loss of one optimizer step, and the gradients, read off the parameters: plain SGD with learning rate 1."""
-    model = make_tiny_model(kind).to(dtype)
+    """Loss of one optimizer step of a kind of tiny model, or of one at hand, and the gradients, read off the parameters: plain SGD with learning rate 1."""
+    model = (make_tiny_model(kind) if isinstance(kind, str) else kind).to(dtype)
     before = copy.deepcopy(model.state_dict())
     trainer = train(
         make_args,

@@ -23,6 +23,7 @@ def test_every_new_field_has_help_and_the_defaults_are_the_papers():
         "persona_end_marker": "</persona>",
         "truncate_persona": True,
         "on_nonfinite": "stop",
+        "check_model": True,
     }
     assert all(field.metadata["help"] for field in new.values())
     assert all(f"        {name} (" in PerCEConfig.__doc__ for name in new)

@@ -168,9 +168,32 @@ def test_compute_loss_calls_the_model_it_is_given_and_is_linear_in_log_probs():
     ], hint("the signature of compute_loss")
 
 
+def test_the_loss_is_divided_by_the_tokens_of_the_window_where_the_model_takes_their_number():
+    # trainer.py says that it does, for every model: the loss is ours
+    text = source(Trainer._get_num_items_in_batch)
+    for seam in ("self.model_accepts_loss_kwargs", 'batch["labels"][..., 1:]', "if self._loss_shifts_labels"):
+        assert seam in text, transformers_hint(f"_get_num_items_in_batch: {seam}")
+    assert "self.model_accepts_loss_kwargs and num_items_in_batch is not None" in source(Trainer.training_step), (
+        transformers_hint("training_step: whose loss is divided by the steps of accumulation")
+    )
+    text = source(Trainer)
+    rest = text.replace(source(Trainer.__init__), "").replace(source(Trainer._get_num_items_in_batch), "")
+    rest = rest.replace(source(Trainer.training_step), "").replace(source(Trainer.compute_loss), "")
+    assert "self.model_accepts_loss_kwargs" not in rest, transformers_hint("who asks model_accepts_loss_kwargs")
+
+
+def test_kernels_of_recurrent_layers_are_named_in_the_source():
+    # training/model_check.py finds there which packages a hybrid needs to pack
+    from transformers.models.qwen3_next import modeling_qwen3_next
+
+    text = inspect.getsource(modeling_qwen3_next)
+    for seam in ('hub_with_fallback("causal_conv1d_fn", "causal_conv1d")', '"fla"'):
+        assert seam in text, transformers_hint(f"how modeling files name kernels: {seam}")
+
+
 def test_the_fused_head_returns_what_we_read():
     fields = set(utils.FusedCausalLMOutput.__dataclass_fields__)
-    assert {"log_probs", "entropy", "label_mask"} <= fields, hint("FusedCausalLMOutput")
+    assert {"log_probs", "entropy", "is_top1", "label_mask", "aux_loss"} <= fields, hint("FusedCausalLMOutput")
     text = source(SFTTrainer.__init__)
     assert 'outputs=("log_probs", "entropy", "is_top1")' in text, hint("add_fused_lm_head's outputs")
 

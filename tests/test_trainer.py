@@ -4,13 +4,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from conftest import TINY_CONFIGS, make_tiny_model
 from reference import FLOAT32, make_rows, masked_context_log_probs, reference, response_log_probs
 from runs import assert_close, one_sgd_step, record_pir, to_dataset, train
-from trl_perce import DataCollatorForPerCE, PerCETrainer
+from trl_perce import DataCollatorForPerCE, PerCEConfig, PerCETrainer
 
 
 # ── 1. loss and gradients against float64 ────────────────────────────────────────────────────────────────────────────
@@ -75,6 +75,29 @@ def test_the_other_weightings(make_args, tokenizer, kind, options):
     )
     assert logs["loss"] == pytest.approx(expected.loss, rel=1e-5)
     assert_close(gradients, expected.gradients)
+
+
+@pytest.mark.parametrize("weighting", ["perce", "loss", "uniform"])
+def test_dft_weights_by_the_probability_too(make_args, tokenizer, weighting):
+    rows = make_rows(seed=13, count=6)
+    expected = reference(make_tiny_model("llama"), rows, weighting, dft=True)
+    options = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "token_weighting": weighting}
+    # In float64: the gradients are small beside the weights that they are read off
+    logs, gradients = one_sgd_step(make_args, tokenizer, "llama", rows, torch.float64, loss_type="dft", **options)
+    assert logs["loss"] == pytest.approx(expected.loss, rel=1e-5)
+    assert_close(gradients, expected.gradients)
+    if weighting == "perce":  # those of the log are PerCE's own
+        weights = [value for row in expected.weights for value in row]
+        assert logs["weight/mean"] == pytest.approx(sum(weights) / len(weights), rel=1e-5)
+
+
+def test_training_arguments_become_a_configuration(tokenizer, tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, learning_rate=3e-4, report_to="none", hub_token="secret")
+    rows = to_dataset(make_rows(seed=14, count=2))
+    trainer = PerCETrainer(make_tiny_model("llama"), args, train_dataset=rows, processing_class=tokenizer)
+    assert type(trainer.args) is PerCEConfig and trainer.args.learning_rate == 3e-4
+    assert trainer.args.hub_token == "secret" and trainer.args.token_weighting == "perce"
+    assert trainer.model.model_tags == ["trl", "sft", "perce"]
 
 
 def test_weights_carry_no_gradient(make_args, tokenizer):
@@ -203,7 +226,8 @@ def test_rows_without_personas_pay_no_counterfactual_pass(make_args, tokenizer, 
     model = make_tiny_model("llama")
     forwards = []
     model.model.register_forward_hook(lambda *_: forwards.append(1))
-    trainer = train(make_args, tokenizer, model, rows, per_device_train_batch_size=1, num_train_epochs=1)
+    options = {"per_device_train_batch_size": 1, "num_train_epochs": 1, "check_model": False}
+    trainer = train(make_args, tokenizer, model, rows, **options)
     assert len(forwards) == 4 + 1  # four micro-batches; one of them (row 0) has a persona
     weights = [log["weight/mean"] for log in trainer.state.log_history if "weight/mean" in log]
     assert sum(weight == 1.0 for weight in weights) == 3

@@ -102,6 +102,14 @@ class PerCEConfig(SFTConfig):
             - `"stop"`: raise a `FloatingPointError`.
             - `"skip"`: leave the step out, up to ten in a row. Not with DeepSpeed, whose engine steps by itself.
 
+        > Parameters that control the check of the model
+
+        check_model (`bool`, *optional*, defaults to `True`):
+            Whether to score a few short rows before the first step in the ways that training takes (fused head, padded or packed,
+            masked) and by plain forward passes with logits, and compare. Where TRL's fused head is off, logits take its
+            place; where anything else is off, the error says what to set. Some forwards of a few dozen tokens, once a run,
+            which change nothing of the training.
+
     Raises:
         `ValueError`: A value is out of its range; the message says which and what to write instead.
     """
@@ -180,6 +188,13 @@ class PerCEConfig(SFTConfig):
             "help": "What to do before an optimizer step from values that are NaN or infinite: 'stop' with an error that names "
             "the rows, or 'skip' the step.",
             "choices": ["stop", "skip"],
+        },
+    )
+    check_model: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to compare the scores of a few short rows with plain forward passes before the first step, and to "
+            "refuse a model on which they are wrong."
         },
     )
 

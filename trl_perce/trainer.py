@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from trl import SFTTrainer
+from transformers import TrainingArguments
+from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .config import PerCEConfig, copy_config, has_accelerator
@@ -43,6 +44,7 @@ from .training.estep import EStep
 from .training.finite_check import FiniteCheck
 from .training.fused_head import labelled_positions_only
 from .training.log_prob_store import LogProbStore
+from .training.model_check import ModelCheckMixin, check_architecture
 from .training.placement import check_placement
 from .training.progress import print_in_lines
 from .training.token_metrics import TokenMetrics
@@ -58,7 +60,7 @@ from .training.weighting import (
 logger = get_logger(__name__)
 
 
-class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
+class PerCETrainer(CheckpointMixin, UploadMixin, ModelCheckMixin, SFTTrainer):
     """
     Trainer for the PerCE loss, from [Rethinking Personalization in Large Language Models at the Token
     Level](https://huggingface.co/papers/2603.06595).
@@ -76,7 +78,11 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
     What alone changes against [`~trl.SFTTrainer`]: the preparation of a dataset finds the persona in it, the collator
     adds the rows without their personas, `get_batch_samples` runs the E-step over the micro-batches of an optimizer step
     ([`EStep`]), and `compute_loss` weights the tokens. Everything else is inherited. With `token_weighting="uniform"` the
-    loss is that of [`~trl.SFTTrainer`], bit for bit.
+    loss is that of [`~trl.SFTTrainer`], bit for bit, but for two kinds of models: where TRL averages over micro-batches because
+    the model's own loss does not take `num_items_in_batch` (many vision-language models), the mean is over the window's tokens
+    here; and where TRL's fused head is not the model's own, its logits are taken ([`ModelCheck`]).
+
+    With `loss_type="dft"` a token's weight is `w_i P_θ(y_i | p, x, y_<i)`, no gradient through either factor.
 
     Example:
 
@@ -102,8 +108,9 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             As in [`~trl.SFTTrainer`]. Both passes run through it as it is: adapters on, base weights quantized or not.
             Dropout draws a mask of its own in each pass, which adds noise to PIR, and is warned of: set `lora_dropout=0`.
-        args ([`PerCEConfig`], *optional*):
-            Configuration for this trainer. If `None`, a default configuration is used.
+        args ([`PerCEConfig`] or [`~transformers.TrainingArguments`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used. `TrainingArguments` become a
+            [`PerCEConfig`] with the same values.
         data_collator ([`~transformers.DataCollator`], *optional*):
             With `token_weighting="perce"`, a [`DataCollatorForPerCE`], which is also the default.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -122,6 +129,7 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
         `PersonaError`: The persona cannot be told from a row, or no row of `train_dataset` has one. Raised before the
             model loads wherever the rows themselves show it.
         `ValueError`: Arguments that cannot go together.
+        `ModelCheckError`: Before the first step: the model would be scored wrongly (`check_model`); the message says what to set.
         `FloatingPointError`: In training, with `on_nonfinite="stop"`: a log-probability, a PIR or the gradient is NaN or infinite.
         `UploadError`: With `push_to_hub`: the repository cannot be made, before the model loads; an upload failed after several tries.
         `CheckpointError`: In training: a checkpoint could not be written (a full disk). Those before are as they were.
@@ -134,7 +142,7 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
     `skipped_steps`, how many were left out so far.
     """
 
-    _tag_names = ["trl", "perce"]
+    _tag_names = ["trl", "sft", "perce"]
     _name = "PerCE"
     _paper = {
         "title": "Rethinking Personalization in Large Language Models at the Token Level",
@@ -162,10 +170,13 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = PerCEConfig(f"{model_name.split('/')[-1]}-PerCE")
+        elif isinstance(args, TrainingArguments) and not isinstance(args, SFTConfig):
+            args = PerCEConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # which `to_dict` hides
         if not isinstance(args, PerCEConfig):
             raise TypeError(f"`args` must be a `PerCEConfig`, got a `{type(args).__name__}`.")
         check_arguments(args, data_collator, kwargs)
         check_model(model, kwargs)
+        check_architecture(model, args)
         check_dataset(train_dataset, "train_dataset")
         evaluated = eval_dataset if type(eval_dataset) is dict else {"eval_dataset": eval_dataset}
         for name, dataset in evaluated.items():
@@ -230,6 +241,10 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
                     f"`token_weighting='{args.token_weighting}'` does not go with context or sequence parallelism, which cut "
                     "rows apart. Set `cp_size` and `sp_size` to 1, or `token_weighting='uniform'`."
                 )
+        if parallelism is None or not parallelism.sp_enabled:
+            # Some models' own losses take no `num_items_in_batch`. Ours does, and without it accumulation would average averages.
+            self.model_accepts_loss_kwargs: bool = True
+            self._loss_shifts_labels: bool = True
         if args.fp16:
             make_trainable_in_fp16(self.model)
         if not has_accelerator():
@@ -239,7 +254,7 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
         keep_4bit_weights_trainable_on_cpu(self.model)
 
         if args.token_weighting == "perce":
-            warn_of_noise(self.model, args)
+            self._warned_of_noise = warn_of_noise(self.model, args)
             if data_collator is None:  # the collator that TRL built, with both passes
                 self.data_collator: Any = DataCollatorForPerCE(
                     **dataclasses.asdict(self.data_collator), counterfactual=args.counterfactual
@@ -289,16 +304,21 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._finite_check.start(batches)
+        if batches:
+            with self.compute_loss_context_manager():
+                self.check_model_once(self.model_wrapped, batches[0], training=True)
         if self.args.token_weighting == "perce" and batches:
             self.load_rng_state_once()  # `Trainer` loads it after the E-step, whose dropout has drawn by then
             # E-step, with the parameters and in the mode of the M-step
             self.model_wrapped.train()
             self.optimizer.train()
             with self.compute_loss_context_manager():
-                self._e_step(self.model_wrapped, batches, epoch=int(self.state.epoch))
+                self._e_step(self.scored(self.model_wrapped), batches, epoch=int(self.state.epoch))
         return batches, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.check_model_once(model, inputs, training=False)  # where no window came before: evaluation
+        model = self.scored(model)
         if self.args.token_weighting == "uniform":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
@@ -306,15 +326,24 @@ class PerCETrainer(CheckpointMixin, UploadMixin, SFTTrainer):
             self._e_step(model, [inputs])
         counterfactual = {key: inputs.pop(key) for key in [*inputs] if "counterfactual" in key}
 
+        loss_type = self.args.loss_type
+
         def weighted_model(**kwargs):
-            # TRL's loss is linear in `log_probs`: weighting them here weights the loss, and leaves the rest to TRL
+            # TRL's NLL is linear in `log_probs`: weighting them here weights the loss, and leaves the rest to TRL
             outputs = model(**kwargs)
             if kwargs.get("fused_lm_head"):
-                outputs.log_probs = outputs.log_probs * self._token_weights(outputs, inputs, **counterfactual)
+                weights = self._token_weights(outputs, inputs, **counterfactual)
+                if loss_type == "dft":  # its weight is the token's probability
+                    weights = weights * outputs.log_probs.detach().exp()
+                outputs.log_probs = outputs.log_probs * weights
             return outputs
 
-        with labelled_positions_only():
-            return super().compute_loss(weighted_model, inputs, return_outputs, num_items_in_batch)  # M-step
+        self.args.loss_type = "nll"  # TRL would take the probability from what is weighted already
+        try:
+            with labelled_positions_only():
+                return super().compute_loss(weighted_model, inputs, return_outputs, num_items_in_batch)  # M-step
+        finally:
+            self.args.loss_type = loss_type
 
     @torch.no_grad()
     def _token_weights(

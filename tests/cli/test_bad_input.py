@@ -168,13 +168,17 @@ def test_vision_data(attempt):
         ({"counterfactual_refresh_epochs": 0}, "Write 1"),
         ({"counterfactual_batch_tokens": 0}, "positive number of tokens, 'auto', or not set"),
         ({"counterfactual_batch_tokens": "many"}, "positive number of tokens, 'auto', or not set"),
-        ({"loss_type": "dft"}, "Leave `loss_type` at 'nll'"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` at 0"),
     ],
 )
 def test_options_that_do_not_go_together(attempt, options, reason):
     with pytest.raises(ValueError, match=reason):
         attempt([GOOD], **options)
+
+
+def test_a_dataset_with_a_transform(attempt):
+    with pytest.raises(ValueError, match="with_transform.*'persona_mask'.*'skip_prepare_dataset': True"):
+        attempt(Dataset.from_list([GOOD]).with_transform(lambda rows: rows))
 
 
 def test_virtual_tokens_are_not_packed(attempt):

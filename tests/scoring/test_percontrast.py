@@ -405,7 +405,7 @@ def test_the_model_is_left_as_it_was(tokenizer, training):
     seen = []
     model.model.register_forward_hook(lambda module, *_: seen.append(module.training))
     PerContrast(model, tokenizer, **OPTIONS).score(CONVERSATION)
-    assert seen == [False, False]
+    assert len(seen) > 2 and not any(seen)
     assert [module.training for module in model.modules()] == modes and "forward" not in model.__dict__
     assert all(parameter.grad is None for parameter in model.parameters())
 

@@ -155,10 +155,11 @@ def _run(evaluation, updates_card: bool) -> None:
     from trl_perce import PersonaError
     from trl_perce.evaluation.endpoint import EndpointError
     from trl_perce.scoring.loading import AdapterError
+    from trl_perce.training.model_check import ModelCheckError
 
     try:
         result = evaluation.run()
-    except (PersonaError, AdapterError) as error:
+    except (PersonaError, AdapterError, ModelCheckError) as error:
         fail("trl-perce evaluate", error, 2)
     except (EndpointError, FloatingPointError) as error:
         fail("trl-perce evaluate", error, 1)

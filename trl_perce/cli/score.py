@@ -102,6 +102,7 @@ def run(argv: list[str]) -> int:
     """
     from trl_perce import PersonaError
     from trl_perce.scoring.loading import AdapterError
+    from trl_perce.training.model_check import ModelCheckError
 
     launched = __name__ == "__main__" or is_worker()
     if launched:
@@ -121,7 +122,7 @@ def run(argv: list[str]) -> int:
         fail("trl-perce score", error, 2)
     try:
         run.score()
-    except (PersonaError, AdapterError) as error:
+    except (PersonaError, AdapterError, ModelCheckError) as error:
         fail("trl-perce score", error, 2)
     except FloatingPointError as error:
         fail("trl-perce score", error, 1)

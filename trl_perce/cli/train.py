@@ -231,6 +231,7 @@ def _main_exit_code(script_args, training_args, *args) -> int:
     from trl_perce import PersonaError
     from trl_perce.hub.upload import UploadError
     from trl_perce.training.checkpoints import CheckpointError
+    from trl_perce.training.model_check import ModelCheckError
 
     if __name__ == "__main__" or is_worker():
         begin_worker(needs_whole_model=False)
@@ -238,7 +239,7 @@ def _main_exit_code(script_args, training_args, *args) -> int:
         with explain_stops("trl-perce train", lambda: _where_to_go_on(training_args)):
             main(script_args, training_args, *args)
     # A traceback would only hide the message
-    except PersonaError as error:
+    except (PersonaError, ModelCheckError) as error:
         say_error("trl-perce train", error)
         return 2
     except UploadError as error:

@@ -66,7 +66,8 @@ def mark_dataset(dataset, name: str, args, formatting_func=None):
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         raise ValueError(
             f"The {name} dataset has a transform (`with_transform`), whose rows may change. Write its result into the "
-            "dataset with `Dataset.map`."
+            "dataset with `Dataset.map`, or let it give tokenized rows ('input_ids', 'labels', 'persona_mask') and pass "
+            "`dataset_kwargs={'skip_prepare_dataset': True}`."
         )
     columns = _first_row(dataset, name).keys()
     if "input_ids" in columns:

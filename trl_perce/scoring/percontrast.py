@@ -25,6 +25,8 @@ from ..persona.rows import find_bad_row
 from ..training.checks import keep_4bit_weights_trainable_on_cpu, load_tokenizer
 from ..training.collator import DataCollatorForPerCE
 from ..training.estep import labelled_log_probs, split_into_chunks
+from ..training.fused_head import Head
+from ..training.model_check import ModelCheck
 from ..training.placement import check_placement, input_device
 from ..training.weighting import perce_weights, personal_influence_ratio
 from ..utils.share import EVERYTHING, Share
@@ -109,6 +111,8 @@ class PerContrast:
             pad_token_id=0 if pad_token_id is None else pad_token_id,  # hidden by the attention mask
             counterfactual="mask" if self.args.counterfactual == "mask" else "drop",
         )
+        self._head: Head | None = None  # where not TRL's scores
+        self._model_is_checked = not self.args.check_model
         self._token_bytes = TokenBytes(self.tokenizer)
         self._special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
 
@@ -129,6 +133,7 @@ class PerContrast:
             `PersonaError`: A row's persona is unclear (the message names the row), or all are the same and `counterfactual="swap"`.
             `TypeError`: They are no rows, such as a name of a file.
             `ValueError`: There is no row, or it holds images.
+            `ModelCheckError`: The model would be scored wrongly (`check_model`); the message says what to set.
             `FloatingPointError`: With `on_nonfinite="stop"`: a log-probability is NaN or infinite. The message names the row.
         """
         if type(rows) is dict:  # a `DatasetDict` is one, too
@@ -197,6 +202,7 @@ class PerContrast:
         """Score rows that fit into one batch."""
         passes = [self._passes(row) for row in rows]
         with self._scoring():
+            self._check_model_once(rows)
             factual = self._log_probs([factual for factual, _, _ in passes])
             counterfactual = iter(self._log_probs([without for _, without, _ in passes if without is not None]))
         for row, (_, without, paired), log_probs in zip(rows, passes, factual, strict=True):
@@ -209,6 +215,23 @@ class PerContrast:
             yield self._scores(
                 row, log_probs, counterfactual_log_probs, 0 if without is None else len(without["input_ids"])
             )
+
+    def _check_model_once(self, rows: list[dict[str, Any]]) -> None:
+        if self._model_is_checked:
+            return
+        tokens = [token for row in rows for token in row["input_ids"]]
+        check = ModelCheck(
+            self.model, tokens[:256], self._device, autocast_dtype(self.args), self._collator.pad_token_id
+        )
+        virtual = isinstance(model := extract_model_from_parallel(self.model), PeftModel) and (
+            model.active_peft_config.is_prompt_learning
+        )
+        self._head = check.run(flattened=False, mask=self.args.counterfactual == "mask" and not virtual)
+        self._model_is_checked = True
+
+    @property
+    def _device(self) -> torch.device:
+        return input_device(self.model)
 
     def _nonfinite(self, row: dict[str, Any]) -> TokenScores:
         if self.args.on_nonfinite == "stop":
@@ -238,10 +261,10 @@ class PerContrast:
         """Log-probabilities (nats, `float32`) of each row's labelled tokens, batched by length."""
         log_probs: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(rows)
         lengths = [len(row["input_ids"]) for row in rows]
-        device = input_device(self.model)
+        model = self.model if self._head is None else self._head(self.model)
         for chunk in split_into_chunks(lengths, self.args.score_batch_tokens, padded=True):
             batch = self._collator.counterfactual_batch([rows[index] for index in chunk])
-            scored = labelled_log_probs(self.model, batch, device).float().cpu().numpy()
+            scored = labelled_log_probs(model, batch, self._device).float().cpu().numpy()
             counts = [int((rows[index]["labels"] != -100).sum()) for index in chunk]
             for index, own in zip(chunk, np.split(scored, np.cumsum(counts)[:-1]), strict=True):
                 log_probs[index] = own

@@ -46,9 +46,9 @@ def check_arguments(args: PerCEConfig, data_collator, kwargs: dict[str, Any]) ->
         )
     if args.token_weighting == "uniform":
         return
-    if args.loss_type != "nll" or args.label_smoothing_factor or kwargs.get("compute_loss_func") is not None:
+    if args.label_smoothing_factor or kwargs.get("compute_loss_func") is not None:
         raise ValueError(
-            f"`token_weighting='{args.token_weighting}'` weights the negative log-likelihood. Leave `loss_type` at 'nll', "
+            f"`token_weighting='{args.token_weighting}'` weights the log-probabilities of single tokens. Leave "
             "`label_smoothing_factor` at 0 and `compute_loss_func` unset, or set `token_weighting='uniform'`."
         )
     if args.packing or args.eval_packing:
@@ -214,7 +214,7 @@ def chat_template(args: PerCEConfig) -> str | None:
     return AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code).chat_template
 
 
-def warn_of_noise(model, args: PerCEConfig) -> None:
+def warn_of_noise(model, args: PerCEConfig) -> bool:
     """
     Warn of what draws at random in a forward pass of training, naming each source. PIR is the difference of two passes, and two draws
     differ.
@@ -222,6 +222,9 @@ def warn_of_noise(model, args: PerCEConfig) -> None:
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): As `SFTTrainer` has set it up.
         args ([`PerCEConfig`]): Configuration of the trainer, for `neftune_noise_alpha`.
+
+    Returns:
+        `bool`: Whether there was anything to warn of.
     """
     sources: dict[tuple[str, float], str] = {}  # name and probability → whose it is
     for path, module in model.named_modules():
@@ -249,6 +252,7 @@ def warn_of_noise(model, args: PerCEConfig) -> None:
             "Each of the two passes draws its own dropout or noise, which makes PIR\nnoisy. Set to 0:\n  - "
             + "\n  - ".join(lines)
         )
+    return bool(lines)
 
 
 def keep_4bit_weights_trainable_on_cpu(model) -> None:
@@ -257,7 +261,7 @@ def keep_4bit_weights_trainable_on_cpu(model) -> None:
     AVX512-BF16. The packed weights stay when training goes on, and have no backward pass (bitsandbytes 0.50.2): all
     gradients behind the first such layer would silently be wrong.
     """
-    for module in _linear_4bit_modules(model):
+    for module in linear_4bit_modules(model):
         module.support_avx512bf16_for_cpu = False
 
 
@@ -286,7 +290,7 @@ def make_trainable_in_fp16(model) -> None:
 def check_4bit_weights_trainable(model) -> None:
     """Raise a `ValueError` on 4-bit weights that bitsandbytes has packed ([`keep_4bit_weights_trainable_on_cpu`])."""
     if any(
-        getattr(module.weight.quant_state, "packing_format_for_cpu", False) for module in _linear_4bit_modules(model)
+        getattr(module.weight.quant_state, "packing_format_for_cpu", False) for module in linear_4bit_modules(model)
     ):
         raise ValueError(
             "The 4-bit model has been evaluated on CPU, which packed its weights so that they cannot be trained. Load the "
@@ -294,7 +298,8 @@ def check_4bit_weights_trainable(model) -> None:
         )
 
 
-def _linear_4bit_modules(model) -> list:
+def linear_4bit_modules(model) -> list:
+    """The layers of a model whose weights are in 4 bit (bitsandbytes)."""
     if "bitsandbytes" not in sys.modules:  # then there can be none
         return []
     from bitsandbytes.nn import Linear4bit

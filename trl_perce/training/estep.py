@@ -72,7 +72,7 @@ def labelled_log_probs(model, batch: dict[str, Any], device: torch.device) -> to
     Log-probabilities of the labelled tokens of a batch, from one forward pass without gradients.
 
     Args:
-        model ([`~torch.nn.Module`]): With TRL's fused head.
+        model ([`~torch.nn.Module`]): With TRL's fused head, or what takes its place ([`logits_head`]).
         batch (`dict[str, Any]`): Input of the model with `"labels"`, padded or flattened.
         device (`torch.device`): Where the model runs.
 
