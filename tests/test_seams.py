@@ -229,6 +229,7 @@ def test_names_that_are_not_public():
         (get_dataset_column_names, ["dataset"]),
         (utils.global_then_local_main_first, []),
         (utils.get_config_model_id, ["config"]),
+        (utils.remove_none_values, ["example"]),
         (resolve_accelerate_config_argument, ["launch_args"]),
         (_subtract_subsequence, ["lst", "subseq"]),
     ):

@@ -2,6 +2,7 @@
 
 """The configurations of training and of scoring, which are also their command lines."""
 
+import json
 import math
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -82,6 +83,10 @@ class PerCEConfig(SFTConfig):
         truncate_persona (`bool`, *optional*, defaults to `True`):
             Whether a row longer than `max_length` loses persona tokens, from the end of the persona. If `False`, TRL's
             truncation applies, which cuts the end of the row, and so the response, first.
+
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Arguments of the chat template for all rows, such as `{"enable_thinking": False}`. Those in a row's own column
+            `chat_template_kwargs`, as TRL reads it, go first, key by key.
 
         > Parameters that control which tokens are trained
 
@@ -164,6 +169,13 @@ class PerCEConfig(SFTConfig):
             "False, TRL's truncation applies, which cuts the response first."
         },
     )
+    chat_template_kwargs: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of the chat template for all rows, as a JSON object such as '{\"enable_thinking\": false}'. A row's "
+            "own column `chat_template_kwargs` goes first, key by key."
+        },
+    )
     assistant_only_loss: bool | None = field(
         default=None,
         metadata={
@@ -215,6 +227,7 @@ class PerCEConfig(SFTConfig):
                 f"`persona_start_marker` is {start!r} and `persona_end_marker` is {end!r}. Write two texts that are not "
                 "empty and of which none contains the other."
             )
+        read_object(self, "chat_template_kwargs", '{"enable_thinking": false}')
         # TRL's default stands under the name that Transformers 5.23 warns of, for everybody
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing
@@ -309,6 +322,29 @@ def _read_numbers(args, *names: str) -> None:
                 f"`{name}` is {value!r}. Write a number, such as {args.__dataclass_fields__[name].default}."
             )
         setattr(args, name, number)
+
+
+def read_object(args, name: str, example: str) -> None:
+    """
+    Make an object of a field that holds it as JSON, as on a command line.
+
+    Args:
+        args (`Any`): A configuration.
+        name (`str`): The field. `None` stays.
+        example (`str`): What to write, for the message.
+
+    Raises:
+        `ValueError`: It holds something else.
+    """
+    value = found = getattr(args, name)
+    if isinstance(value, str):
+        try:
+            found = json.loads(value)
+        except json.JSONDecodeError:
+            pass  # named below
+    if not isinstance(found, dict | None):
+        raise ValueError(f"`{name}` is {value!r}. Write a JSON object, such as '{example}'.")
+    setattr(args, name, found)
 
 
 def autocast_dtype(args: PerCEConfig) -> torch.dtype | None:

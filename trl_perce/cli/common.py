@@ -541,7 +541,7 @@ def given_arguments(argv: list[str]) -> set[str]:
 
 def take_run_settings(args, argv: list[str], saved: str) -> None:
     """
-    Take `max_length`, `truncate_persona` and the persona's markers from the training of what is loaded, where they are not given, and say
+    Take `max_length`, `truncate_persona`, `chat_template_kwargs` and the persona's markers from the training of what is loaded, where they are not given, and say
     which value was taken from where.
 
     Args:

@@ -42,6 +42,7 @@ _SETTINGS = [
         "completion_only_loss",
         "assistant_only_loss",
         "chat_template_path",
+        "chat_template_kwargs",
         "eos_token",
         "bf16",
         "fp16",

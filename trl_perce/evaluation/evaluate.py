@@ -49,7 +49,7 @@ PREDICTIONS = "predictions.jsonl"
 # Settings that predictions and scores depend on
 _SHARED_SETTINGS = [
     *("max_length", "truncate_persona", "chat_template_path", "eos_token", "bf16", "fp16"),
-    *("persona_start_marker", "persona_end_marker"),
+    *("persona_start_marker", "persona_end_marker", "chat_template_kwargs"),
 ]
 _GENERATION_SETTINGS = ["temperature", "top_p", "max_new_tokens", "guidance_scale", "seed"]
 _SCORE_SETTINGS = ["counterfactual", "personal_threshold", "truncation_mode"]

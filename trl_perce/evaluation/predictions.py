@@ -3,6 +3,7 @@
 """From a dataset's rows to prompts, and from generated tokens to the lines of `predictions.jsonl`."""
 
 import copy
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
-from ..persona.marks import PersonaError, describe, mark_persona, render
+from ..persona.marks import PersonaError, describe, mark_persona, render, render_messages
 from ..persona.masks import TokenBytes, byte_mask, persona_stretches, swap_persona, token_mask, trim_persona
 from .thoughts import opens_thought, split_thought
 from .uptake import other_personas
@@ -35,7 +36,7 @@ class Prompt:
         user (`str` or `None`): Its column `user`, if it has one.
         persona (`str`): The persona that is in the prompt, before it is trimmed; empty if there is none.
         query (`str`): The text that the response answers, with "…" for the persona.
-        reference (`str`): The row's own response.
+        reference (`str`): The row's own response; of one that calls a tool without a word, the call as the chat template writes it.
         input_ids (`list[int]`): Tokens of the prompt, up to where the model's answer begins.
         persona_mask (`list[int]`): 1 where a token belongs to the persona.
         trimmed (`int`, *optional*, defaults to `0`): Tokens that the persona lost, to fit into `max_length`.
@@ -206,7 +207,11 @@ def _make_prompt(index: int, row: dict[str, Any], tokenizer, token_bytes: TokenB
             f"it has {', '.join(map(repr, row))}."
         )
     example, spans = mark_persona(
-        copy.deepcopy(row), args.dataset_text_field, args.persona_start_marker, args.persona_end_marker
+        copy.deepcopy(row),
+        args.dataset_text_field,
+        args.persona_start_marker,
+        args.persona_end_marker,
+        args.chat_template_kwargs,
     )
     outside = [span for span in spans if span.column != "prompt"]
     if outside:
@@ -231,7 +236,7 @@ def _make_prompt(index: int, row: dict[str, Any], tokenizer, token_bytes: TokenB
         user=_text(row.get("user")),
         persona=persona,
         query=query,
-        reference=_reference(example["completion"]),
+        reference=_reference(example, alone, tokenizer),
         input_ids=ids,
         persona_mask=mask or [0] * len(ids),
     )
@@ -241,7 +246,8 @@ def _text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _reference(completion: str | list[dict[str, Any]]) -> str:
+def _reference(example: dict[str, Any], alone: dict[str, Any], tokenizer) -> str:
+    completion = example["completion"]
     if isinstance(completion, str):
         return completion
     if len(completion) != 1:
@@ -249,7 +255,12 @@ def _reference(completion: str | list[dict[str, Any]]) -> str:
             f"'completion' has {len(completion)} messages, and one prediction is compared with one. Keep the first answer and "
             "move what stands before it to 'prompt'."
         )
-    content = completion[0]["content"]
+    content = completion[0].get("content")
+    if not content:  # a tool is called: what the model would write for it
+        prompt = render_messages(alone, example["prompt"], tokenizer)
+        whole = render_messages(example, example["prompt"] + completion, tokenizer)
+        call = split_thought(whole[len(os.path.commonprefix([prompt, whole])) :]).answer
+        return _without_special_tokens(call, tokenizer).strip()
     return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 

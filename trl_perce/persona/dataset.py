@@ -7,13 +7,14 @@ tokenization (`add_persona_mask`).
 
 import copy
 import json
+import re
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
 import numpy as np
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset, List, Value
+from datasets import Dataset, Features, IterableDataset, Json, List, Value
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational, pack_dataset
 from trl.data_utils import get_dataset_column_names
@@ -39,6 +40,9 @@ _UNLABELLED = -3  # fits, but TRL drops it: no token of it is trained
 # Number of tokens, before anything is trimmed, that are not the assistant's; -1 where it cannot be told
 _OTHERS_COLUMN = "_others"
 
+# Columns that the chat template reads
+_CONVERSATIONAL = ("prompt", "completion", "messages", "tools", "chat_template_kwargs")
+
 # What is looked at ahead: a streaming dataset cannot be counted, so its first rows stand for it.
 _SAMPLE = 100
 # Rows that are read at a time
@@ -52,7 +56,7 @@ def mark_dataset(dataset, name: str, args, formatting_func=None):
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Any dataset type of TRL's SFT.
         name (`str`): What to call it in messages, such as `"train"`.
-        args ([`PerCEConfig`]): Gives the markers and the text column.
+        args ([`PerCEConfig`]): Gives the markers, the text column and `chat_template_kwargs`.
         formatting_func (`Callable[[dict], str]`, *optional*): As in [`~trl.SFTTrainer`].
 
     Returns:
@@ -83,10 +87,39 @@ def mark_dataset(dataset, name: str, args, formatting_func=None):
             "start_marker": args.persona_start_marker,
             "end_marker": args.persona_end_marker,
             "assistant_only": args.assistant_only_loss is not False,
+            "template_kwargs": args.chat_template_kwargs,
         },
+        features=_marked_features(dataset, args, formatting_func) if isinstance(dataset, Dataset) else None,
         # `maybe_convert_to_chatml` renames it
         remove_columns=["conversations"] if "conversations" in columns else None,
     )
+
+
+def _marked_features(dataset: Dataset, args, formatting_func) -> Features | None:
+    """
+    Types of the marked columns, where something is nested in them: as JSON, in which each row keeps its own keys. `None` where Arrow's
+    own will do.
+    """
+    features = dataset.features.copy()
+    nested = [column for column in (*_CONVERSATIONAL, "conversations") if _is_nested(features.get(column))]
+    if not nested and not args.chat_template_kwargs:
+        return None
+    features |= {column: List(Json()) if isinstance(features[column], List) else Json() for column in nested}
+    if features.pop("conversations", None) is not None:  # which get other keys, too
+        features["messages"] = List(Json())
+    if args.chat_template_kwargs:
+        features["chat_template_kwargs"] = Json()
+    if formatting_func is not None:
+        features["text"] = Value("string")
+    features[SPANS_COLUMN] = Value("string")
+    return features
+
+
+def _is_nested(feature) -> bool:
+    """Whether a column holds more than text, or messages of more than texts."""
+    if isinstance(feature, List) and isinstance(feature.feature, dict):
+        return any(not isinstance(value, Value) for value in feature.feature.values())
+    return not isinstance(feature, Value | None)
 
 
 def count_personas(dataset, name: str, args, required: bool) -> int:
@@ -182,6 +215,9 @@ def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, turn
                 f"{name} dataset: the texts are not messages, so the chat template is not applied. For a chat model, write "
                 '[{"role": "user", "content": …}].'
             )
+        unread = _unread_arguments(example, turns.chat_template or tokenizer.chat_template)
+        if unread:
+            logger.warning_once(f"{name} dataset: the chat template does not read {unread} of `chat_template_kwargs`.")
         if spans or (by_prefix and index == 0):
             with _naming_row(name, index):
                 render(example, spans, tokenizer, turns.chat_template, text_field)
@@ -190,6 +226,11 @@ def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, turn
                     assistant_spans(example, text, tokenizer, turns.chat_template)
         if spans:
             return
+
+
+def _unread_arguments(example: dict[str, Any], template: str | dict[str, str] | None) -> str:
+    names = example.get("chat_template_kwargs") or ()
+    return ", ".join(f"`{name}`" for name in names if not re.search(rf"\b{re.escape(name)}\b", str(template)))
 
 
 def describe_rows(dataset, name: str, args):
@@ -413,7 +454,18 @@ def _spans(example: dict[str, Any]) -> list[Span]:
     return [Span(*span) for span in json.loads(example.get(SPANS_COLUMN, "[]"))]
 
 
-def _mark_row(example, index, version, name, formatting_func, text_field, start_marker, end_marker, assistant_only):
+def _mark_row(
+    example,
+    index,
+    version,
+    name,
+    formatting_func,
+    text_field,
+    start_marker,
+    end_marker,
+    assistant_only,
+    template_kwargs,
+):
     for column in {"prompt", "completion", "messages", "conversations"} & {*example}:
         # Marks are taken out in place, and a stream may hand out the same messages again
         example[column] = copy.deepcopy(example[column])
@@ -421,7 +473,7 @@ def _mark_row(example, index, version, name, formatting_func, text_field, start_
         if formatting_func is not None:
             # `SFTTrainer` writes the formatted text to this column
             example["text"] = formatting_func(example)
-        example, spans = mark_persona(example, text_field, start_marker, end_marker)
+        example, spans = mark_persona(example, text_field, start_marker, end_marker, template_kwargs)
         if assistant_only and is_messages(example):
             if not any(message["role"] == "assistant" for message in example["messages"]):
                 raise PersonaError(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational, maybe_convert_to_chatml
+from trl.trainer.utils import remove_none_values
 
 from .rows import suggest_columns
 
@@ -123,6 +124,7 @@ def mark_persona(
     text_field: str = "text",
     start_marker: str = "<persona>",
     end_marker: str = "</persona>",
+    template_kwargs: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], list[Span]]:
     """
     Find the persona in a row that is not yet tokenized: between markers, or in the column `persona`, whose text takes
@@ -133,16 +135,21 @@ def mark_persona(
         text_field (`str`, *optional*, defaults to `"text"`): Column of a plain language-modeling row.
         start_marker (`str`, *optional*, defaults to `"<persona>"`): Text that opens a persona.
         end_marker (`str`, *optional*, defaults to `"</persona>"`): Text that closes it.
+        template_kwargs (`dict[str, Any]`, *optional*): Arguments of the chat template. Those in the row's own column
+            `chat_template_kwargs` go first, key by key.
 
     Returns:
-        `tuple[dict[str, Any], list[Span]]`: The row as TRL shall see it (ChatML and its roles, marks taken out, persona filled in),
-        and its personas in order. A persona of white space alone is none.
+        `tuple[dict[str, Any], list[Span]]`: The row as TRL shall see it (ChatML and its roles, marks taken out, persona filled in,
+        no keys without a value in messages, tools and arguments of the template), and its personas in order. A persona of
+        white space alone is none.
 
     Raises:
         `PersonaError`: The row says neither clearly that it has a persona nor that it has none, or a message's role is
             unknown.
     """
     example = maybe_convert_to_chatml(example)
+    _remove_none(example)
+    _merge_template_kwargs(example, template_kwargs)
     _name_roles(example)
     persona = example.get("persona")
     if isinstance(persona, float) and math.isnan(persona):  # pandas' way to say that there is none
@@ -271,9 +278,28 @@ def _says_something(turn: str | list[dict[str, Any]]) -> bool:
     return any(
         bool(message["content"].strip())
         if isinstance(message.get("content"), str)
-        else any(part.get("type") != "text" or (part.get("text") or "").strip() for part in message["content"] or ())
+        else any(
+            part.get("type") != "text" or (part.get("text") or "").strip() for part in message.get("content") or ()
+        )
         for message in turn
     ) or any(message.get(key) for message in turn for key in ("tool_calls", "reasoning_content", "thinking"))
+
+
+def _remove_none(example: dict[str, Any]) -> None:
+    """Arrow gives all tool calls of a table the arguments of each, without a value. The template would write them as null."""
+    for column in ("prompt", "completion", "messages", "tools"):
+        if isinstance(example.get(column), list):
+            example[column] = remove_none_values(example[column])
+
+
+def _merge_template_kwargs(example: dict[str, Any], shared: dict[str, Any] | None) -> None:
+    own = example.get("chat_template_kwargs")
+    if not isinstance(own, dict | None):
+        raise PersonaError(
+            f"column 'chat_template_kwargs' holds a {type(own).__name__}. Write an object, such as {{\"enable_thinking\": false}}."
+        )
+    if shared or "chat_template_kwargs" in example:  # TRL takes no `None` there
+        example["chat_template_kwargs"] = {**(shared or {}), **remove_none_values(own or {})}
 
 
 def _name_roles(example: dict[str, Any]) -> None:

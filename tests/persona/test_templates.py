@@ -1,0 +1,178 @@
+"""
+Conversations through TRL's own chat templates: what a row becomes in training, in scoring and in evaluation, against Transformers' own
+rendering of it.
+"""
+
+import copy
+from importlib import resources
+
+import pytest
+from datasets import Dataset, IterableDataset
+
+from conftest import make_tiny_model
+from trl_perce import PerCETrainer, PersonaError
+from trl_perce.evaluation.arguments import GenerationArguments
+from trl_perce.evaluation.predictions import make_prompts
+from trl_perce.scoring.percontrast import _to_dataset
+from trl_perce.scoring.preparation import Preparation
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+@pytest.fixture
+def with_template(tokenizer):
+    """The tests' tokenizer with one of TRL's templates, by its name, or with another template."""
+
+    def make(template):
+        own = copy.deepcopy(tokenizer)
+        if "{" not in template:
+            template = resources.files("trl").joinpath(f"chat_templates/{template}.jinja").read_text(encoding="utf-8")
+        own.chat_template = template
+        return own
+
+    return make
+
+
+@pytest.fixture
+def prepare(make_args):
+    """Rows as they are trained, scored and scored by themselves, which must be the same."""
+
+    def run(rows, tokenizer, trains=True, **options):
+        args = make_args(max_length=None, **options)
+        dataset = _to_dataset(rows)
+        scored = [*Preparation(tokenizer, args)(dataset, "a").dataset]
+        alone = [Preparation(tokenizer, args)(_to_dataset([row]), "b").dataset[0] for row in rows]
+        stream = IterableDataset.from_generator(lambda: iter(rows))
+        streamed = [*Preparation(tokenizer, args)(stream, "c").dataset]
+        ways = [scored, alone, streamed]
+        if trains:
+            own = copy.deepcopy(tokenizer)
+            trainer = PerCETrainer(make_tiny_model("llama"), args, train_dataset=dataset, processing_class=own)
+            ways.append([*trainer.train_dataset])
+        columns = ("input_ids", "labels", "persona_mask")
+        found = [[{column: row[column] for column in columns} for row in way] for way in ways]
+        assert all(way == found[0] for way in found)
+        return found[0]
+
+    return run
+
+
+def trained(row, tokenizer):
+    return tokenizer.decode([label for label in row["labels"] if label != -100])
+
+
+def personal(row, tokenizer):
+    return tokenizer.decode([token for token, own in zip(row["input_ids"], row["persona_mask"], strict=True) if own])
+
+
+# ── arguments of the template ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_arguments_of_the_template(with_template, prepare, make_args, caplog):
+    tokenizer = with_template("qwen3")
+    talk = {"prompt": [user("<persona>I sew.</persona> What?")], "completion": [assistant("A needle.")]}
+    rows = [talk, {**talk, "chat_template_kwargs": {"enable_thinking": True}}]
+    sharegpt = {"conversations": [{"from": "human", "value": "<persona>I sew.</persona> What?"}]}
+    sharegpt["conversations"].append({"from": "gpt", "value": "A needle."})
+    (one,) = prepare([sharegpt], tokenizer, chat_template_kwargs={"enable_thinking": False})
+    assert personal(one, tokenizer).strip() == "I sew."
+    prompt = [user("I sew. What?")]
+    for option, thinks in ((None, (True, True)), ({"enable_thinking": False}, (False, True))):
+        got = prepare(rows, tokenizer, chat_template_kwargs=option)
+        args = make_args(GenerationArguments, max_length=None, chat_template_kwargs=option)
+        asked = make_prompts(rows, tokenizer, args)
+        for row, ask, thinking in zip(got, asked, thinks, strict=True):
+            begin = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, enable_thinking=thinking)
+            assert row["labels"][: len(begin["input_ids"])] == [-100] * len(begin["input_ids"])
+            assert ask.input_ids == begin["input_ids"] == row["input_ids"][: len(begin["input_ids"])]
+            assert ("</think>" in tokenizer.decode(ask.input_ids)) is not thinking
+            assert trained(row, tokenizer).endswith("A needle.<|im_end|>\n")
+    assert "does not read" not in caplog.text
+    prepare(rows[:1], tokenizer, trains=False, chat_template_kwargs={"enable_thinkin": False})
+    assert "the chat template does not read `enable_thinkin`" in caplog.text
+
+
+@pytest.mark.parametrize("value", ["{enable_thinking: false}", "[1]", 3, True])
+def test_arguments_that_are_no_object(make_args, value):
+    with pytest.raises(
+        ValueError, match="`chat_template_kwargs` is .*Write a JSON object, such as '{\"enable_thinking"
+    ):
+        make_args(chat_template_kwargs=value)
+    assert make_args(chat_template_kwargs='{"a": [1, null]}').chat_template_kwargs == {"a": [1, None]}
+
+
+def test_arguments_of_a_row_that_are_no_object(make_args, tokenizer):
+    row = {"prompt": [user("<persona>I</persona>")], "completion": [assistant("x")], "chat_template_kwargs": "{}"}
+    with pytest.raises(PersonaError, match="row 0: column 'chat_template_kwargs' holds a str. Write an object"):
+        Preparation(tokenizer, make_args())(Dataset.from_list([row]), "a")
+
+
+# ── tools ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def call(name, **arguments):
+    return assistant(None, tool_calls=[{"type": "function", "function": {"name": name, "arguments": arguments}}])
+
+
+def without_none(message):
+    return {key: value for key, value in message.items() if value is not None}
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": "d",
+            "parameters": {"type": "object", "properties": {argument: {"type": kind}}},
+        },
+    }
+    for name, argument, kind in (("weather", "city", "string"), ("shop", "count", "integer"))
+]
+ASK, BUY = user("<persona>I live in Paris.</persona> What now?"), call("shop", count=3)
+CALLS = [
+    {"prompt": [ASK], "completion": [call("weather", city="Paris")], "tools": TOOLS[:1]},
+    {
+        "prompt": [ASK, BUY, {"role": "tool", "name": "shop", "content": "ok"}],
+        "completion": [assistant("Bought.")],
+        "tools": TOOLS,
+    },
+    {"prompt": [ASK], "completion": [call("look", city=7)], "tools": None},
+]
+
+
+@pytest.mark.parametrize("template", ["qwen3", "llama3_1", "qwen3_instruct_2507"])
+def test_arguments_of_tools_that_differ(with_template, prepare, template):
+    """Alone or in one table with the others, where Arrow gives each call the arguments of all: the tokens of plain dictionaries."""
+    tokenizer = with_template(template)
+    for row, got in zip(CALLS, prepare(CALLS, tokenizer), strict=True):
+        messages = [without_none(message) for message in row["prompt"] + row["completion"]]
+        messages[0] = user("I live in Paris. What now?")
+        expected = tokenizer.apply_chat_template(messages, tools=row["tools"])["input_ids"]
+        assert got["input_ids"] == expected and personal(got, tokenizer).strip() == "I live in Paris."
+        assert "null" not in tokenizer.decode(got["input_ids"]) and "None" not in tokenizer.decode(got["input_ids"])
+
+
+def test_a_call_is_what_a_prediction_is_compared_with(with_template, make_args):
+    args, tokenizer = make_args(GenerationArguments, max_length=None), with_template("qwen3")
+    for rows in (CALLS, [*_to_dataset(CALLS)]):
+        prompts = make_prompts(rows, tokenizer, args)
+        assert [prompt.reference for prompt in prompts] == [
+            '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>',
+            "Bought.",
+            '<tool_call>\n{"name": "look", "arguments": {"city": 7}}\n</tool_call>',
+        ]
+    (prompt,) = make_prompts(
+        [{**CALLS[0], "completion": [{**CALLS[0]["completion"][0], "content": ""}]}], tokenizer, args
+    )
+    assert prompt.reference == prompts[0].reference
