@@ -4,10 +4,11 @@ rendering of it.
 """
 
 import copy
+from datetime import datetime, timedelta
 from importlib import resources
 
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, load_from_disk
 
 from conftest import make_tiny_model
 from trl_perce import PerCETrainer, PersonaError
@@ -176,3 +177,37 @@ def test_a_call_is_what_a_prediction_is_compared_with(with_template, make_args):
         [{**CALLS[0], "completion": [{**CALLS[0]["completion"][0], "content": ""}]}], tokenizer, args
     )
     assert prompt.reference == prompts[0].reference
+
+
+# ── the date ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Clock(datetime):
+    days = 0
+
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.now(tz) + timedelta(cls.days)
+
+
+@pytest.mark.parametrize(
+    "template, date",
+    [("llama3_2", "%d %b %Y"), ("gptoss", "%Y-%m-%d"), ("muse_glimmer", "%Y-%m-%d")],
+)
+@pytest.mark.parametrize("kind", ["pair", "messages"])
+def test_a_template_with_a_date(with_template, make_args, tmp_path, monkeypatch, template, date, kind):
+    """What was tokenized yesterday is tokenized anew where it lies in the cache, and so is what a template of TRL's training renders."""
+    for module in ("transformers.utils.chat_template_utils", "trl_perce.persona.turns"):
+        monkeypatch.setattr(f"{module}.datetime", Clock)
+    tokenizer = with_template(template)
+    talk = [user("<persona>I sew my own dresses.</persona> What?"), assistant("A needle.")]
+    row = {"prompt": talk[:1], "completion": talk[1:]} if kind == "pair" else {"messages": talk}
+    Dataset.from_list([row]).save_to_disk(tmp_path / "rows")
+    for days, max_length in ((0, None), (1, None), (2, 400)):
+        monkeypatch.setattr(Clock, "days", days)
+        preparation = Preparation(tokenizer, make_args(max_length=max_length))
+        (got,) = preparation(load_from_disk(str(tmp_path / "rows")), "a").dataset
+        assert Clock.now().strftime(date) in tokenizer.decode(got["input_ids"])
+        assert personal(got, tokenizer).strip() == "I sew my own dresses."
+        expected = tokenizer.apply_chat_template([user("I sew my own dresses. What?"), talk[1]])["input_ids"]
+        assert got["input_ids"] == expected
