@@ -9,9 +9,11 @@ from importlib import resources
 
 import pytest
 from datasets import Dataset, IterableDataset, load_from_disk
+from transformers import CanineTokenizer
+from transformers.tokenization_mistral_common import MistralCommonBackend
 
 from conftest import make_tiny_model
-from trl_perce import PerCETrainer, PersonaError
+from trl_perce import PerCETrainer, PerContrast, PersonaError
 from trl_perce.evaluation.arguments import GenerationArguments
 from trl_perce.evaluation.predictions import make_prompts
 from trl_perce.scoring.percontrast import _to_dataset
@@ -211,3 +213,23 @@ def test_a_template_with_a_date(with_template, make_args, tmp_path, monkeypatch,
         assert personal(got, tokenizer).strip() == "I sew my own dresses."
         expected = tokenizer.apply_chat_template([user("I sew my own dresses. What?"), talk[1]])["input_ids"]
         assert got["input_ids"] == expected
+
+
+# ── tokenizers without offsets ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind, hint", [(CanineTokenizer, ""), (MistralCommonBackend, ": `PreTrainedTokenizerFast")])
+def test_a_tokenizer_without_offsets(make_args, kind, hint):
+    """A slow one; Mistral's own, whose package is not here, and of which nothing but its class is looked at."""
+    slow = kind() if kind is CanineTokenizer else object.__new__(kind)
+    model, rows = make_tiny_model("llama"), Dataset.from_list([{"text": "<persona>I sew.</persona> Yes."}])
+    message = rf"The tokenizer \({kind.__name__}\) gives no character offsets.*library\){hint}"
+    with pytest.raises(ValueError, match=message):
+        PerContrast(model, slow, use_cpu=True)
+    with pytest.raises(ValueError, match=message):
+        PerCETrainer(model, make_args(), train_dataset=rows, processing_class=slow)
+    if kind is CanineTokenizer:  # where no persona is looked for, it does what it does in TRL
+        rows = Dataset.from_list([{"text": "Yes."}])
+        args = make_args(token_weighting="uniform", eos_token=None)
+        trainer = PerCETrainer(model, args, train_dataset=rows, processing_class=slow)
+        assert slow.decode(trainer.train_dataset[0]["input_ids"], skip_special_tokens=True).startswith("Yes.")

@@ -4,6 +4,7 @@
 
 import re
 from bisect import bisect_left, bisect_right
+from functools import cached_property
 from itertools import accumulate, groupby
 from operator import itemgetter
 
@@ -49,13 +50,16 @@ class TokenBytes(dict):
     [`byte_mask`] notices.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A fast tokenizer.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A fast tokenizer, where anything is asked for.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         self.tokenizer = tokenizer
-        self.byte_level = isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
+
+    @cached_property
+    def byte_level(self) -> bool:
+        return isinstance(self.tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
 
     def __missing__(self, token_id: int) -> bytes:
         token = self.tokenizer.convert_ids_to_tokens(token_id) or ""

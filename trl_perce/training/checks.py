@@ -13,8 +13,9 @@ from accelerate.logging import get_logger
 from datasets import DatasetDict, IterableDatasetDict
 from peft import PeftModel, PromptLearningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.tokenization_mistral_common import MistralCommonBackend
 from trl.trainer.utils import get_config_model_id
 
 from ..config import PerCEConfig
@@ -169,24 +170,45 @@ def is_prepared_by_trl(train_dataset, args: PerCEConfig) -> bool:
 
 
 def load_tokenizer(model, args: PerCEConfig, processing_class):
-    """The tokenizer of the run, loaded as `SFTTrainer` would once it has the model."""
-    if processing_class is None:
+    """
+    The tokenizer of the run, loaded as `SFTTrainer` would once it has the model. Of Mistral's own (mistral-common), which does not tell
+    where its tokens are in a text, Hugging Face's takes the place.
+    """
+    is_given = processing_class is not None
+    if not is_given:
         by_name = isinstance(model, str)
+        name = model if by_name else get_config_model_id(model.config)
+        revision = (args.model_init_kwargs or {}).get("revision") if by_name else None
         processing_class = AutoProcessor.from_pretrained(
-            model if by_name else get_config_model_id(model.config),
-            revision=(args.model_init_kwargs or {}).get("revision") if by_name else None,
-            trust_remote_code=args.trust_remote_code,
+            name, revision=revision, trust_remote_code=args.trust_remote_code
         )
     if isinstance(processing_class, ProcessorMixin):  # a vision-language model, of which only the text is trained
         tokenizer = processing_class.tokenizer
         tokenizer.chat_template = tokenizer.chat_template or processing_class.chat_template
         processing_class = tokenizer
-    if not processing_class.is_fast:
+    is_mistrals = isinstance(processing_class, MistralCommonBackend)
+    if is_mistrals and not is_given:
+        processing_class = _load_instead_of_mistrals(name, revision) or processing_class
+    if not getattr(processing_class, "is_fast", False):  # which Mistral's has not
         raise ValueError(
             f"The tokenizer ({type(processing_class).__name__}) gives no character offsets, without which the persona's "
-            "tokens cannot be told. Use a fast tokenizer (one that is backed by the `tokenizers` library)."
+            "tokens cannot be told. Use a fast tokenizer (one that is backed by the `tokenizers` library)"
+            + (
+                ": `PreTrainedTokenizerFast.from_pretrained(name)`, of a model with 'tokenizer.json'."
+                if is_mistrals
+                else "."
+            )
         )
     return processing_class
+
+
+def _load_instead_of_mistrals(name: str, revision: str | None) -> PreTrainedTokenizerFast | None:
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
+    except (OSError, ValueError):  # no 'tokenizer.json'
+        return None
+    logger.warning(f"{name}: Hugging Face's tokenizer is used instead of Mistral's own (mistral-common).")
+    return tokenizer
 
 
 def chat_template(args: PerCEConfig) -> str | None:
