@@ -16,6 +16,7 @@ from conftest import make_tiny_model
 from trl_perce import PerCETrainer, PerContrast, PersonaError
 from trl_perce.evaluation.arguments import GenerationArguments
 from trl_perce.evaluation.predictions import make_prompts
+from trl_perce.persona.turns import choose_turns
 from trl_perce.scoring.percontrast import _to_dataset
 from trl_perce.scoring.preparation import Preparation
 
@@ -233,3 +234,59 @@ def test_a_tokenizer_without_offsets(make_args, kind, hint):
         args = make_args(token_weighting="uniform", eos_token=None)
         trainer = PerCETrainer(model, args, train_dataset=rows, processing_class=slow)
         assert slow.decode(trainer.train_dataset[0]["input_ids"], skip_special_tokens=True).startswith("Yes.")
+
+
+# ── content in parts ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+TEXTS = [
+    "gptoss",
+    "llama3_1",
+    "llama3_2",
+    "qwen2_5",
+    "qwen3",
+    "qwen3_instruct_2507",
+    "nemotron_3_nano",
+    "lfm2",
+    "phi3",
+]
+PARTS = ["glm4moe", "qwen3_5_think", "qwen2_5_vl"]
+
+
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.mark.parametrize("template", TEXTS + PARTS)
+def test_content_in_parts(with_template, prepare, make_args, template):
+    """A template of texts gets them with a line break between, one of parts gets the parts."""
+    tokenizer = with_template(template)
+    one = [user(parts("Note: é🧵", "Me: <persona>I sew</persona>, <persona>I love linen</persona>", "What?"))]
+    both = {"prompt": one, "completion": [assistant(parts("A needle."))]}
+    talk = {"messages": [system(parts("Be brief.")), *both["prompt"], *both["completion"]]}
+    as_text = template in TEXTS
+    plain = [
+        user(
+            "Note: é🧵\nMe: I sew, I love linen\nWhat?"
+            if as_text
+            else parts("Note: é🧵", "Me: I sew, I love linen", "What?")
+        ),
+        assistant("A needle." if as_text else parts("A needle.")),
+    ]
+    for row, messages in ((both, plain), (talk, [system("Be brief." if as_text else parts("Be brief.")), *plain])):
+        (got,) = prepare([row], tokenizer, trains=template in ("qwen3", "glm4moe"), chat_template_kwargs={"a": 1})
+        template_of_row = choose_turns(row, tokenizer, None).chat_template
+        expected = tokenizer.apply_chat_template(messages, chat_template=template_of_row)["input_ids"]
+        assert got["input_ids"] == expected and "'type'" not in tokenizer.decode(expected)
+        assert personal(got, tokenizer).split() == ["I", "sew", "I", "love", "linen"]
+        assert "A needle." in trained(got, tokenizer)
+    (prompt,) = make_prompts([both], tokenizer, make_args(GenerationArguments, max_length=None))
+    expected = tokenizer.apply_chat_template(plain[:1], add_generation_prompt=True)["input_ids"]
+    assert prompt.input_ids == expected and sum(prompt.persona_mask) == sum(got["persona_mask"])
+    assert (prompt.persona, prompt.reference) == ("I sew\n\nI love linen", "A needle.")
+
+
+def test_a_part_that_is_no_text(with_template, make_args):
+    row = {"prompt": [user([*parts("<persona>I sew</persona>"), {"type": "audio", "path": "a.wav"}])]}
+    row["completion"] = [assistant("x")]
+    with pytest.raises(PersonaError, match="row 0: message 0 of 'prompt' has a part of the type 'audio'"):
+        Preparation(with_template("qwen3"), make_args())(_to_dataset([row]), "a")

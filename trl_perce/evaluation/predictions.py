@@ -15,6 +15,7 @@ from trl import is_conversational
 
 from ..persona.marks import PersonaError, describe, mark_persona, render, render_messages
 from ..persona.masks import TokenBytes, byte_mask, persona_stretches, swap_persona, token_mask, trim_persona
+from ..persona.parts import join_parts, takes_parts
 from .thoughts import opens_thought, split_thought
 from .uptake import other_personas
 
@@ -83,10 +84,11 @@ def make_prompts(
         `ValueError`: There is no row, or a row is not of the type prompt-completion.
     """
     token_bytes = TokenBytes(tokenizer)
+    joins = bool(tokenizer.chat_template) and not takes_parts(tokenizer)
     prompts = []
     for index, row in enumerate(rows):
         try:
-            prompts.append(_make_prompt(index, row, tokenizer, token_bytes, args))
+            prompts.append(_make_prompt(index, row, tokenizer, token_bytes, joins, args))
         except ValueError as error:
             raise type(error)(f"row {index}: {error}") from error
     if not prompts:
@@ -200,7 +202,7 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return behind[0] if behind and behind[0] in tokenizer.all_special_ids else None
 
 
-def _make_prompt(index: int, row: dict[str, Any], tokenizer, token_bytes: TokenBytes, args) -> Prompt:
+def _make_prompt(index: int, row: dict[str, Any], tokenizer, token_bytes: TokenBytes, joins: bool, args) -> Prompt:
     if row.get("prompt") is None or row.get("completion") is None:
         raise ValueError(
             "evaluation needs the columns 'prompt' and 'completion' (what the user wrote, which the answer is compared with); "
@@ -213,6 +215,8 @@ def _make_prompt(index: int, row: dict[str, Any], tokenizer, token_bytes: TokenB
         args.persona_end_marker,
         args.chat_template_kwargs,
     )
+    if joins:
+        spans = join_parts(example, spans)
     outside = [span for span in spans if span.column != "prompt"]
     if outside:
         raise PersonaError(f"the persona is in {outside[0].column!r}. Move it to the prompt.")

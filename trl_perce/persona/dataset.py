@@ -24,6 +24,7 @@ from .. import __version__
 from ..config import copy_config
 from .marks import PersonaError, Span, describe, find_near_markers, mark_persona, prompt_texts, render
 from .masks import TokenBytes, byte_mask, token_mask, trim_persona
+from .parts import join_parts, takes_parts
 from .rows import suggest_columns
 from .turns import Turns, assistant_spans, is_messages
 
@@ -208,6 +209,7 @@ def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, turn
         `PersonaError`: The chat template loses the persona, or the assistant's turns.
     """
     by_prefix = turns.by == "prefix"
+    joins = _joins_parts(tokenizer, turns)
     for index, example in enumerate(islice(dataset, _SAMPLE)):
         spans = _spans(example)
         if spans and (turns.chat_template or tokenizer.chat_template) and not is_conversational(example):
@@ -220,6 +222,7 @@ def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, turn
             logger.warning_once(f"{name} dataset: the chat template does not read {unread} of `chat_template_kwargs`.")
         if spans or (by_prefix and index == 0):
             with _naming_row(name, index):
+                spans = join_parts(example, spans) if joins else spans
                 render(example, spans, tokenizer, turns.chat_template, text_field)
                 if by_prefix:
                     text, _ = render(example, [], tokenizer, turns.chat_template, text_field)
@@ -231,6 +234,11 @@ def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, turn
 def _unread_arguments(example: dict[str, Any], template: str | dict[str, str] | None) -> str:
     names = example.get("chat_template_kwargs") or ()
     return ", ".join(f"`{name}`" for name in names if not re.search(rf"\b{re.escape(name)}\b", str(template)))
+
+
+def _joins_parts(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> bool:
+    has_template = turns.chat_template or tokenizer.chat_template
+    return bool(has_template) and not takes_parts(tokenizer, turns.chat_template)
 
 
 def describe_rows(dataset, name: str, args):
@@ -320,7 +328,7 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, tur
 
 def tokenize_with_mask(prepare, dataset, name: str, processing_class, tokenizer, turns: Turns, args):
     """
-    Let TRL tokenize a dataset and build its labels, then find the persona's tokens and trim it ([`add_persona_mask`]). What is
+    Let TRL tokenize a dataset and build its labels (where the chat template takes texts, parts of content are joined first), then find the persona's tokens and trim it ([`add_persona_mask`]). What is
     left to truncate is left to TRL.
 
     Args:
@@ -335,6 +343,11 @@ def tokenize_with_mask(prepare, dataset, name: str, processing_class, tokenizer,
     Returns:
         `tuple`: As [`add_persona_mask`].
     """
+    streaming = isinstance(dataset, IterableDataset)
+    if (streaming or any(_is_nested(dataset.features.get(column)) for column in _CONVERSATIONAL)) and _joins_parts(
+        tokenizer, turns
+    ):
+        dataset = _map(dataset, _join_row, args, f"Joining content parts of {name} dataset", {"name": name})
     whole = copy_config(args, max_length=None, shuffle_dataset=False, assistant_only_loss=turns.by == "marks")
     dataset = prepare(dataset, processing_class, whole, False, None, name)
     return add_persona_mask(dataset, name, tokenizer, turns, args)
@@ -482,6 +495,12 @@ def _mark_row(
                 )
     # The row itself: what was not read of it passes on as it is
     example[SPANS_COLUMN] = json.dumps(spans)
+    return example
+
+
+def _join_row(example, index, version, name):
+    with _naming_row(name, index):
+        example[SPANS_COLUMN] = json.dumps(join_parts(example, _spans(example)))
     return example
 
 
