@@ -42,7 +42,7 @@ def test_inherited_defaults_are_not_touched():
     [
         ({"token_weighting": "persona"}, "`token_weighting` is 'persona'. Write one of 'perce', 'loss', 'entropy'"),
         ({"weight_normalization": "batch"}, "Write one of 'none', 'sequence'"),
-        ({"counterfactual": "swap"}, "Write one of 'drop', 'mask'"),
+        ({"counterfactual": "swap"}, "Write one of 'drop', 'drop_turn', 'mask'"),
         ({"weight_clip_min": 6.0}, r"`weight_clip_min` \(6.0\) is over `weight_clip_max` \(5.0\)"),
         ({"weight_clip_min": -0.1}, "`weight_clip_min` is -0.1. Write a finite number that is not negative"),
         ({"weight_clip_max": float("nan")}, "`weight_clip_max` is nan"),

@@ -58,7 +58,11 @@ class PerCEConfig(SFTConfig):
         counterfactual (`str`, *optional*, defaults to `"drop"`):
             How the persona is taken out of the context. Possible values are:
 
-            - `"drop"`: its tokens leave the sequence, which gets short and cheap.
+            - `"drop"`: its tokens leave the sequence, which gets short and cheap. A system message that is the persona and nothing
+              else stays as an empty turn.
+            - `"drop_turn"`: as `"drop"`, but such a system message leaves with its turn, as if it had not been sent. The rest must
+              be as the chat template renders it without the message; a template that writes a system message of its own
+              instead (Qwen 2.5's) is refused.
             - `"mask"`: its tokens stay in place, so all positions stay, and no token attends to them. Costs a forward
               pass over the whole sequence, and needs an attention implementation that takes a padding mask.
 
@@ -138,8 +142,9 @@ class PerCEConfig(SFTConfig):
         default="drop",
         metadata={
             "help": "How the persona is taken out of the context of the counterfactual pass: 'drop' (its tokens leave "
-            "the sequence) or 'mask' (they stay in place and no token attends to them).",
-            "choices": ["drop", "mask"],
+            "the sequence), 'drop_turn' (and with them a system turn that holds nothing else) or 'mask' (they stay in place and no "
+            "token attends to them).",
+            "choices": ["drop", "drop_turn", "mask"],
         },
     )
     counterfactual_batch_tokens: int | str | None = field(
@@ -261,6 +266,7 @@ class PerContrastConfig(PerCEConfig):
             What takes the place of the persona in the counterfactual pass. Possible values are:
 
             - `"drop"`: nothing; its tokens leave the sequence.
+            - `"drop_turn"`: nothing, and a system message that is the persona and nothing else leaves with its turn.
             - `"mask"`: its tokens stay in place and no token attends to them.
             - `"swap"`: the persona of the next row that has another one. PIR then tells what is specific to *this* user and
               not to having any persona. Not for training.
@@ -278,9 +284,10 @@ class PerContrastConfig(PerCEConfig):
     counterfactual: str = field(
         default="drop",
         metadata={
-            "help": "What takes the place of the persona in the counterfactual pass: 'drop' (nothing), 'mask' (its tokens stay "
-            "and no token attends to them) or 'swap' (the persona of another row).",
-            "choices": ["drop", "mask", "swap"],
+            "help": "What takes the place of the persona in the counterfactual pass: 'drop' (nothing), 'drop_turn' "
+            "(nothing, not even its system turn), 'mask' (its tokens stay and no token attends to them) or 'swap' (the persona of "
+            "another row).",
+            "choices": ["drop", "drop_turn", "mask", "swap"],
         },
     )
     bf16: bool | None = field(

@@ -7,12 +7,14 @@ import copy
 from datetime import datetime, timedelta
 from importlib import resources
 
+import numpy as np
 import pytest
+import torch
 from datasets import Dataset, IterableDataset, load_from_disk
 from transformers import CanineTokenizer
 from transformers.tokenization_mistral_common import MistralCommonBackend
 
-from conftest import make_tiny_model
+from conftest import GENERATION, make_tiny_model
 from trl_perce import PerCETrainer, PerContrast, PersonaError
 from trl_perce.evaluation.arguments import GenerationArguments
 from trl_perce.evaluation.predictions import make_prompts
@@ -290,3 +292,104 @@ def test_a_part_that_is_no_text(with_template, make_args):
     row["completion"] = [assistant("x")]
     with pytest.raises(PersonaError, match="row 0: message 0 of 'prompt' has a part of the type 'audio'"):
         Preparation(with_template("qwen3"), make_args())(_to_dataset([row]), "a")
+
+
+# ── a persona that is the whole system message ───────────────────────────────────────────────────────────────────────
+
+CHATML_WITH_SYSTEM = (  # as SmolLM2's
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are an assistant.<|im_end|>\n' }}{% endif %}"
+    + GENERATION
+)
+# What the template writes of a conversation without its system message is what it writes with it, less a stretch
+SHORTER = ["gptoss", "lfm2", "phi3_5", "qwen3", "qwen3_6", "glm4moe", "gemma3", "llama3_1", "cohere2", GENERATION]
+OTHERWISE = ["qwen2_5", CHATML_WITH_SYSTEM]  # have a system message of their own
+
+
+def without_persona(row):
+    return [token for token, own in zip(row["input_ids"], row["persona_mask"], strict=True) if not own]
+
+
+def test_the_turn_leaves_with_its_persona(with_template, prepare):
+    for template in SHORTER:
+        tokenizer = with_template(template)
+        tokenizer.bos_token = "<|endoftext|>"
+        rest = [user("What?"), assistant("A needle."), user("And <persona>I love linen</persona>, then?")]
+        rows = [
+            {
+                "prompt": [system("<persona>I sew my own dresses.</persona>\n"), *rest],
+                "completion": [assistant("Cloth.")],
+            },
+            {
+                "prompt": [system("Be brief. <persona>I sew.</persona>"), *rest[:1]],
+                "completion": [assistant("Cloth.")],
+            },
+            {"prompt": rest, "completion": [assistant("Cloth.")]},
+        ]
+        whole, part, none = prepare(rows, tokenizer, trains=template is GENERATION, counterfactual="drop_turn")
+        plain = [*rest[:2], user("And , then?"), assistant("Cloth.")]
+        # The persona in the user's message is a token or two more or less around its blanks: as it is without the system message
+        assert without_persona(whole) == without_persona(none)
+        expected = tokenizer.apply_chat_template(plain)["input_ids"]
+        assert tokenizer.decode(without_persona(whole)).replace(" ", "") == tokenizer.decode(expected).replace(" ", "")
+        dropped, dropped_part, _ = prepare(rows, tokenizer, trains=False)
+        assert dropped_part == part and len(without_persona(dropped)) > len(without_persona(whole)) - (
+            template in ("llama3_1", "gemma3")
+        )
+        assert {**whole, "persona_mask": 0} == {**dropped, "persona_mask": 0}  # the factual pass is the same
+
+
+@pytest.mark.parametrize("template", OTHERWISE)
+def test_a_template_with_a_system_message_of_its_own(with_template, prepare, make_args, template):
+    row = {"prompt": [system("<persona>I sew.</persona>"), user("What?")], "completion": [assistant("A needle.")]}
+    with pytest.raises(
+        PersonaError, match="row 0: `counterfactual='drop_turn'`: where the system message is left out.*'You are"
+    ):
+        prepare([row], with_template(template), counterfactual="drop_turn")
+    args = make_args(counterfactual="drop_turn")
+    with pytest.raises(PersonaError, match="train dataset, row 0"):  # before the model loads
+        PerCETrainer("no/such-model", args, train_dataset=_to_dataset([row]), processing_class=with_template(template))
+
+
+def test_trimming_takes_no_part_of_the_turn(with_template, prepare, make_args):
+    tokenizer = with_template(GENERATION)
+    row = {
+        "prompt": [system("<persona>I sew my own dresses.</persona>"), user("What?")],
+        "completion": [assistant("x")],
+    }
+    (whole,) = prepare([row], tokenizer, trains=False, counterfactual="drop_turn")
+    persona = len(tokenizer("I sew my own dresses.")["input_ids"])
+    for kept in (persona, 2, 0):
+        args = make_args(counterfactual="drop_turn", max_length=len(whole["input_ids"]) - persona + kept)
+        (got,) = Preparation(tokenizer, args)(Dataset.from_list([row]), "a").dataset
+        text = tokenizer.decode(got["input_ids"])
+        assert text.startswith("<|im_start|>system\nI" if kept else "<|im_start|>system\n<|im_end|>")
+        # All of the turn leaves where some of the persona is left
+        assert len(without_persona(got)) == (len(without_persona(whole)) if kept else len(got["input_ids"]))
+
+
+def test_scores_without_the_turn(with_template, make_args):
+    """Against the model's own passes over the conversation with and without its system message."""
+    tokenizer, model = with_template(GENERATION), make_tiny_model("llama").eval()
+    messages = [system("I sew my own dresses."), user("What?"), assistant("A needle.")]
+    row = {"prompt": [system("<persona>I sew my own dresses.</persona>"), messages[1]], "completion": messages[2:]}
+    log_probs = []
+    for talk in (messages, messages[1:]):
+        ids = torch.tensor([tokenizer.apply_chat_template(talk)["input_ids"]])
+        begin = len(tokenizer.apply_chat_template(talk[:-1], add_generation_prompt=True)["input_ids"])
+        with torch.no_grad():
+            own = model(ids).logits[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])[begin - 1 :, 0]
+        log_probs.append(own)
+    scores = PerContrast(model, tokenizer, use_cpu=True, counterfactual="drop_turn").score(row)
+    assert scores.pir == pytest.approx((log_probs[0] - log_probs[1]).numpy(), abs=1e-4)
+    empty = PerContrast(model, tokenizer, use_cpu=True).score(row)
+    assert np.abs(empty.pir - scores.pir).max() > 1e-2
+    args = make_args(counterfactual="drop_turn", max_length=None)
+    trainer = PerCETrainer(model, args, train_dataset=Dataset.from_list([row]), processing_class=tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer._e_step(trainer.model, [batch])
+    assert batch["counterfactual_log_probs"].double().numpy() == pytest.approx(log_probs[1].numpy(), abs=1e-4)
+
+
+def test_guidance_does_not_go_with_it(make_args):
+    with pytest.raises(ValueError, match="`guidance_scale` does not go with `counterfactual='drop_turn'`"):
+        make_args(GenerationArguments, counterfactual="drop_turn", guidance_scale=2.0)

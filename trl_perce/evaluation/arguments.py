@@ -69,6 +69,8 @@ class GenerationArguments(PerContrastConfig):
             raise ValueError(f"`top_p` is {self.top_p}. Write a number over 0 and up to 1.")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"`guidance_scale` is {self.guidance_scale}. Write a finite number, 1 for no guidance.")
+        if self.guidance_scale != 1 and self.counterfactual == "drop_turn":
+            raise ValueError("`guidance_scale` does not go with `counterfactual='drop_turn'`. Set it to 'drop'.")
         for name in ("max_new_tokens", "generation_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. Write a positive number of tokens.")

@@ -323,7 +323,9 @@ class Evaluation:
         file = self.score_files[name]
         if not file.is_finished:
             model = self._loaded()
-            scorer = PerContrast(model, self.tokenizer, self.args)
+            # Another's persona takes the place of a row's own, whose turn stays
+            args = copy_config(self.args, counterfactual="drop") if name == "swapped" else self.args
+            scorer = PerContrast(model, self.tokenizer, args)
             prepared, done, started = scorer.prepare(self.rows), frozenset(file.done), time.time()
             share = file.share()
             if name == "reference":

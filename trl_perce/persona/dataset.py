@@ -17,12 +17,22 @@ from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational, pack_dataset
-from trl.data_utils import get_dataset_column_names
+from trl.data_utils import common_prefix_length, get_dataset_column_names
 from trl.trainer.utils import global_then_local_main_first
 
 from .. import __version__
 from ..config import copy_config
-from .marks import PersonaError, Span, describe, find_near_markers, mark_persona, prompt_texts, render
+from .marks import (
+    PersonaError,
+    Span,
+    describe,
+    find_near_markers,
+    mark_persona,
+    persona_turns,
+    prompt_texts,
+    render,
+    render_messages,
+)
 from .masks import TokenBytes, byte_mask, token_mask, trim_persona
 from .parts import join_parts, takes_parts
 from .rows import suggest_columns
@@ -193,7 +203,7 @@ def has_persona(example: dict[str, Any]) -> bool:
     return example.get(SPANS_COLUMN, "[]") != "[]" or any(example.get("persona_mask") or ())
 
 
-def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, turns: Turns, text_field: str) -> None:
+def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, turns: Turns, args) -> None:
     """
     Render the first row with a persona, if it is among the first 100 rows, so that a chat template that loses it, or in which
     the assistant's turns cannot be told, is found before the model loads.
@@ -203,10 +213,11 @@ def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, turn
         name (`str`): What to call it in messages.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer with the chat template.
         turns ([`~trl_perce.persona.turns.Turns`]): How the trained tokens are told.
-        text_field (`str`): Column of a plain language-modeling row.
+        args ([`PerCEConfig`]): Gives the text column and `counterfactual`.
 
     Raises:
-        `PersonaError`: The chat template loses the persona, or the assistant's turns.
+        `PersonaError`: The chat template loses the persona, or the assistant's turns, or has no conversation without the turn that
+            `counterfactual="drop_turn"` leaves out.
     """
     by_prefix = turns.by == "prefix"
     joins = _joins_parts(tokenizer, turns)
@@ -223,10 +234,12 @@ def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, turn
         if spans or (by_prefix and index == 0):
             with _naming_row(name, index):
                 spans = join_parts(example, spans) if joins else spans
-                render(example, spans, tokenizer, turns.chat_template, text_field)
+                text, _ = render(example, spans, tokenizer, turns.chat_template, args.dataset_text_field)
                 if by_prefix:
-                    text, _ = render(example, [], tokenizer, turns.chat_template, text_field)
                     assistant_spans(example, text, tokenizer, turns.chat_template)
+                if args.counterfactual == "drop_turn":
+                    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+                    _with_turn(example, spans, [0] * len(ids), ids, tokenizer, turns.chat_template)
         if spans:
             return
 
@@ -268,7 +281,7 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, tur
         name (`str`): What to call it in messages.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer that TRL used.
         turns ([`~trl_perce.persona.turns.Turns`]): How the trained tokens are told, and the template that TRL used.
-        args ([`PerCEConfig`]): Gives `max_length`, `truncate_persona` and the text column.
+        args ([`PerCEConfig`]): Gives `max_length`, `truncate_persona`, `counterfactual` and the text column.
 
     Returns:
         `tuple`: The dataset with `persona_mask`, a list of 0 and 1 as long as `input_ids`, and whether every row is known to
@@ -302,6 +315,7 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, tur
             "max_length": args.max_length,
             "truncate_persona": args.truncate_persona,
             "keep_end": args.truncation_mode == "keep_end",
+            "drop_turn": args.counterfactual == "drop_turn",
         },
         remove_columns=[SPANS_COLUMN] if SPANS_COLUMN in get_dataset_column_names(dataset) else None,
         features=features,
@@ -524,6 +538,7 @@ def _mask_row(
     max_length,
     truncate_persona,
     keep_end,
+    drop_turn,
 ) -> dict[str, Any]:
     ids, labels = example["input_ids"], example["labels"]
     spans, text = _spans(example), None
@@ -534,7 +549,9 @@ def _mask_row(
         else:
             mask = example.get("persona_mask") or [0] * len(ids)
             _check_mask(mask, ids)
-        row: dict[str, Any] = {"persona_mask": mask}
+        # What leaves in the counterfactual pass. Trimmed is the persona alone.
+        leaving = _with_turn(example, spans, mask, ids, tokenizer, chat_template) if drop_turn and spans else mask
+        row: dict[str, Any] = {"persona_mask": leaving}
         if turns in ("prefix", "all"):
             try:
                 text = text or render(example, [], tokenizer, chat_template, text_field)[0]
@@ -556,13 +573,15 @@ def _mask_row(
             # TRL truncates `input_ids` and `labels` next, in the same way
             return {
                 **row,
-                "persona_mask": mask[-max_length:] if keep_end else mask[:max_length],
+                "persona_mask": leaving[-max_length:] if keep_end else leaving[:max_length],
                 _TRIMMED_COLUMN: _CUT,
             }
         keep = trim_persona(mask, max_length)
         if len(keep) > max_length:
             return {**row, _TRIMMED_COLUMN: _LEFT_OUT}
-        columns = {"input_ids": ids, "labels": labels, "persona_mask": mask}
+        if not any(mask[position] for position in keep):
+            leaving = mask
+        columns = {"input_ids": ids, "labels": labels, "persona_mask": leaving}
         row |= {key: [column[position] for position in keep] for key, column in columns.items()}
         trimmed = len(ids) - len(keep)
     is_labelled = any(label != -100 for label in row.get("labels", labels))
@@ -579,6 +598,30 @@ def _tokens_in(
         _check_same_tokens(encoded["input_ids"], ids, tokenizer)
         mask = token_mask(encoded["offset_mapping"], char_spans)
     return mask
+
+
+def _with_turn(
+    example: dict[str, Any], spans: list[Span], mask: list[int], ids: list[int], tokenizer, chat_template: str | None
+) -> list[int]:
+    """The mask, and 1 on all tokens of system messages that are personas and nothing else."""
+    turns = persona_turns(example, spans)
+    if not turns:
+        return mask
+    columns = ("prompt", "completion") if "prompt" in example else ("messages",)
+    kept = [
+        message for column in columns for index, message in enumerate(example[column]) if (column, index) not in turns
+    ]
+    text = render_messages(example, kept, tokenizer, chat_template)
+    without = tokenizer(text, add_special_tokens=False)["input_ids"]
+    first, shorter = common_prefix_length(ids, without), len(ids) - len(without)
+    if ids[:first] + ids[first + max(shorter, 0) :] != without:
+        last = common_prefix_length(ids[:first:-1], without[:first:-1])
+        raise PersonaError(
+            "`counterfactual='drop_turn'`: where the system message is left out, the chat template writes other text "
+            f"({tokenizer.decode(without[first : len(without) - last])!r}). Set it to 'drop', or write that text in front of the "
+            "persona, in the system message."
+        )
+    return [int(own or first <= position < first + shorter) for position, own in enumerate(mask)]
 
 
 def _check_mask(mask: list[int], ids: list[int]) -> None:

@@ -458,6 +458,33 @@ def render_messages(
         raise PersonaError(f"the chat template does not take this conversation: {error}") from error
 
 
+def persona_turns(example: dict[str, Any], spans: list[Span]) -> list[tuple[str, int]]:
+    """
+    The system messages that hold a persona and, but for white space, nothing else.
+
+    Args:
+        example (`dict[str, Any]`): A row from [`mark_persona`].
+        spans (`list[Span]`): Its personas.
+
+    Returns:
+        `list[tuple[str, int]]`: Column and index of each.
+    """
+    found = []
+    for column, index in dict.fromkeys((span.column, span.message) for span in spans):
+        if index is None or example[column][index]["role"] not in ("system", "developer"):
+            continue
+        texts = [(holder[key], where) for holder, key, where, _ in _texts(example, "") if where[:2] == (column, index)]
+        if not "".join(piece for text, where in texts for piece in _outside(text, spans, where)).strip():
+            found.append((column, index))
+    return found
+
+
+def _outside(text: str, spans: list[Span], where: tuple[str, int | None, int | None]) -> list[str]:
+    """The pieces of a text around its personas."""
+    borders = [0, *(border for span in spans if span[:3] == where for border in span[3:]), len(text)]
+    return [text[start:end] for start, end in zip(borders[::2], borders[1::2], strict=True)]
+
+
 def _role(example: dict[str, Any], span: Span) -> str:
     return repr(span.column if span.message is None else example[span.column][span.message]["role"])
 
@@ -477,13 +504,11 @@ def describe(example: dict[str, Any], spans: list[Span], text_field: str = "text
     """
     personas, query, before = [], "", ""
     for holder, key, where, is_response in _texts(example, text_field):
-        own = [(span.start, span.end) for span in spans if span[:3] == where]
-        personas += [holder[key][start:end] for start, end in own]
+        personas += [holder[key][span.start : span.end] for span in spans if span[:3] == where]
         if is_response:
             query = before
         else:
-            borders = [0, *(border for span in own for border in span), len(holder[key])]
-            before = "…".join(holder[key][start:end] for start, end in zip(borders[::2], borders[1::2], strict=True))
+            before = "…".join(_outside(holder[key], spans, where))
     return "\n\n".join(personas), re.sub(r"\s*\n\s*", "\n", query.strip())
 
 
