@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
 from ..persona.marks import PersonaError, describe, mark_persona, render, render_messages
-from ..persona.masks import TokenBytes, byte_mask, persona_stretches, swap_persona, token_mask, trim_persona
+from ..persona.masks import TokenBytes, mask_tokens, persona_stretches, swap_persona, trim_persona
 from ..persona.parts import join_parts, takes_parts
 from .thoughts import opens_thought, split_thought
 from .uptake import other_personas
@@ -229,11 +229,8 @@ def _make_prompt(index: int, row: dict[str, Any], tokenizer, token_bytes: TokenB
     text, char_spans = render(
         alone, [span._replace(column=column) for span in spans], tokenizer, text_field=args.dataset_text_field
     )
-    encoded = tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=True)
-    ids, mask = encoded["input_ids"], None
-    if char_spans:
-        mask = byte_mask([token_bytes[token] for token in ids], text, char_spans)
-        mask = mask or token_mask(encoded["offset_mapping"], char_spans)
+    ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+    mask = mask_tokens(ids, text, char_spans, token_bytes) if char_spans else None
     return Prompt(
         row=index,
         id=_text(row.get("id")),

@@ -33,7 +33,7 @@ from .marks import (
     render,
     render_messages,
 )
-from .masks import TokenBytes, byte_mask, token_mask, trim_persona
+from .masks import TokenBytes, mask_tokens, trim_persona
 from .parts import join_parts, takes_parts
 from .rows import suggest_columns
 from .turns import Turns, assistant_spans, is_messages
@@ -592,11 +592,9 @@ def _tokens_in(
     char_spans: list[tuple[int, int]], text: str, ids: list[int], tokenizer, token_bytes: TokenBytes, chat: bool
 ) -> list[int]:
     """For each token of a text 1, where it holds a character of a span, or 0."""
-    mask = byte_mask([token_bytes[token] for token in ids], text, char_spans)
-    if mask is None:  # the tokenizer adds, changes or leaves out characters: ask it where its tokens are
-        encoded = tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=True)
-        _check_same_tokens(encoded["input_ids"], ids, tokenizer)
-        mask = token_mask(encoded["offset_mapping"], char_spans)
+    mask = mask_tokens(ids, text, char_spans, token_bytes)
+    if mask is None:
+        raise _other_tokens(tokenizer(text, add_special_tokens=not chat)["input_ids"], ids, tokenizer)
     return mask
 
 
@@ -632,13 +630,11 @@ def _check_mask(mask: list[int], ids: list[int]) -> None:
         )
 
 
-def _check_same_tokens(ids: list[int], trl_ids: list[int], tokenizer) -> None:
-    if ids == trl_ids:
-        return
+def _other_tokens(ids: list[int], trl_ids: list[int], tokenizer) -> PersonaError:
     first = next(
         (i for i, (a, b) in enumerate(zip(ids, trl_ids, strict=False)) if a != b), min(len(ids), len(trl_ids))
     )
-    raise PersonaError(
+    return PersonaError(
         f"the persona cannot be aligned: the row's text gives other tokens than TRL's tokenization, from token {first} on "
         f"({tokenizer.decode(ids[first : first + 5])!r} instead of {tokenizer.decode(trl_ids[first : first + 5])!r}). The "
         "chat template renders a message differently when its text changes (it cuts or rewrites it). Use another chat "
