@@ -23,6 +23,7 @@ def test_every_new_field_has_help_and_the_defaults_are_the_papers():
         "persona_end_marker": "</persona>",
         "truncate_persona": True,
         "chat_template_kwargs": None,
+        "answer_only_loss": False,
         "on_nonfinite": "stop",
     }
     assert all(field.metadata["help"] for field in new.values())

@@ -102,6 +102,12 @@ class PerCEConfig(SFTConfig):
             turns are told by the chat template's `{% generation %}` marks or those of TRL's training template; of `messages` in
             a template without either, by rendering the conversation up to each turn.
 
+        answer_only_loss (`bool`, *optional*, defaults to `False`):
+            Whether of an assistant's turn the answer alone is trained, and not the thought before it (`reasoning_content`, or
+            between `<think>` and `</think>`, Gemma's and Harmony's marks). By default a thought is trained where the chat template
+            writes it. One without a word, which a template adds by itself (Qwen3's `<think>\n\n</think>`), is not trained either
+            way: the model would learn not to think.
+
         > Parameters that control what happens when numbers break
 
         on_nonfinite (`str`, *optional*, defaults to `"stop"`):
@@ -189,6 +195,13 @@ class PerCEConfig(SFTConfig):
             "TRL does by default.",
             "nargs": "?",  # alone it is true, as in TRL
             "const": True,
+        },
+    )
+    answer_only_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "Of an assistant's turn train the answer alone, not the thought before it. A thought without a word, which the "
+            "chat template adds by itself, is never trained."
         },
     )
     on_nonfinite: str = field(

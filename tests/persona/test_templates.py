@@ -18,6 +18,7 @@ from conftest import GENERATION, make_tiny_model
 from trl_perce import PerCETrainer, PerContrast, PersonaError
 from trl_perce.evaluation.arguments import GenerationArguments
 from trl_perce.evaluation.predictions import make_prompts
+from trl_perce.persona.thoughts import thought_end
 from trl_perce.persona.turns import choose_turns
 from trl_perce.scoring.percontrast import _to_dataset
 from trl_perce.scoring.preparation import Preparation
@@ -393,3 +394,69 @@ def test_scores_without_the_turn(with_template, make_args):
 def test_guidance_does_not_go_with_it(make_args):
     with pytest.raises(ValueError, match="`guidance_scale` does not go with `counterfactual='drop_turn'`"):
         make_args(GenerationArguments, counterfactual="drop_turn", guidance_scale=2.0)
+
+
+# ── thoughts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_FINAL = "<|start|>assistant<|channel|>final<|message|>"
+# What is trained of two turns, the second with a thought; what of the second's thought as a row by itself; and the answer alone
+THOUGHTS = {
+    "qwen3": (["<think>\nHm.\n</think>\n\n"], "<think>\nHm.\n</think>\n\n", ("", "<|im_end|>\n")),
+    "qwen3_6": (["<think>\nHm.\n</think>\n\n"], "Hm.\n</think>\n\n", ("", "<|im_end|>\n")),
+    "nemotron_3_nano": (["<think>\nHm.\n</think>\n"], "Hm.\n</think>\n", ("", "<|im_end|>\n")),
+    "glm4moe": (["\n<think>Hm.</think>\n"], "\n<think>Hm.</think>\n", ("", "")),
+    "gptoss": (
+        ["<|start|>assistant<|channel|>analysis<|message|>Hm.<|end|>"],
+        "<|channel|>analysis<|message|>Hm.<|end|>",
+        (_FINAL, "<|return|>"),
+    ),
+}
+
+
+@pytest.mark.parametrize("template", THOUGHTS)
+def test_thoughts(with_template, prepare, template):
+    tokenizer = with_template(template)
+    (in_talk,), by_itself, (head, tail) = THOUGHTS[template]
+    asked = user("<persona>I sew.</persona> What?")
+    talk = [asked, assistant("Cloth."), user("And?"), assistant("A needle.", reasoning_content="Hm.")]
+    rows = [{"messages": talk}, {"messages": talk[:2]}]
+    pairs = [{"prompt": talk[:3], "completion": talk[3:]}, {"prompt": talk[:1], "completion": talk[1:2]}]
+    for only in (False, True):
+        options = {"answer_only_loss": only, "trains": template == "qwen3"}
+        long, short = (trained(row, tokenizer) for row in prepare(rows, tokenizer, **options))
+        pair, plain = (trained(row, tokenizer) for row in prepare(pairs, tokenizer, **options))
+        thought = "" if only else in_talk
+        assert f"{thought}{head}A needle.{tail}" in long and long.count("Hm.") == (not only)
+        assert pair.rstrip() == f"{'' if only else by_itself}{head}A needle.{tail}".rstrip()
+        # A thought without a word, which the template adds, is never trained
+        assert "think>" not in short + plain and short.count("Cloth.") == plain.count("Cloth.") == 1
+        assert long.count("Cloth.") == 1 and long.count("think>") == thought.count("think>")
+
+
+def test_an_empty_thought_of_ones_own(with_template, prepare):
+    """What somebody wrote is trained; with `answer_only_loss` it is not."""
+    tokenizer = with_template(GENERATION)
+    row = {"messages": [user("<persona>I sew.</persona>"), assistant("<think>\n\n</think>\n\nCloth, not <think>.")]}
+    for only, expected in ((False, "<think>\n\n</think>\n\nCloth, not <think>."), (True, "Cloth, not <think>.")):
+        (got,) = prepare([row], tokenizer, answer_only_loss=only)
+        assert trained(got, tokenizer) == f"{expected}<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("A <think>", "A <think>"),
+        ("<think>Hm.", "<think>Hm."),  # has no end
+        ("<think>a</think> <think>b</think>\nA", "A"),
+        ("<|channel>thought\nHm.<channel|>A", "A"),
+        ("<｜Assistant｜><think>\nHm.\n</think>\n\nA", "A"),
+        ("assistant<think>\n|Hm.\n</think>\n\nA </think>", "A </think>"),
+        ("<|channel|>analysis<|message|>|Hm.<|end|><|start|>assistant", "<|start|>assistant"),
+    ],
+)
+def test_where_a_thought_ends(text, answer):
+    """`|` alone before `Hm.` is where the turn begins, behind what opens its thought."""
+    start = max(text.find("|Hm."), 0)
+    text = text.replace("|Hm.", "Hm.")
+    assert text[thought_end(text, start) :] == answer
+    assert thought_end(text, start, empty_only=True) == start

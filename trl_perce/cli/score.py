@@ -41,6 +41,7 @@ _SETTINGS = [
         "truncation_mode",
         "completion_only_loss",
         "assistant_only_loss",
+        "answer_only_loss",
         "chat_template_path",
         "chat_template_kwargs",
         "eos_token",

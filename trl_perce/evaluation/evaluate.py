@@ -52,7 +52,7 @@ _SHARED_SETTINGS = [
     *("persona_start_marker", "persona_end_marker", "chat_template_kwargs"),
 ]
 _GENERATION_SETTINGS = ["temperature", "top_p", "max_new_tokens", "guidance_scale", "seed"]
-_SCORE_SETTINGS = ["counterfactual", "personal_threshold", "truncation_mode"]
+_SCORE_SETTINGS = ["counterfactual", "personal_threshold", "truncation_mode", "answer_only_loss"]
 
 
 def evaluate(

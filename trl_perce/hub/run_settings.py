@@ -26,6 +26,7 @@ _KEPT: dict[str, tuple[type, ...]] = {
     "persona_start_marker": (str,),
     "persona_end_marker": (str,),
     "chat_template_kwargs": (dict, type(None)),
+    "answer_only_loss": (bool,),
 }
 
 
@@ -48,8 +49,8 @@ def read_run_settings(name: str) -> dict[str, Any]:
         name (`str`): Folder or name on the Hub of a model or an adapter.
 
     Returns:
-        `dict[str, Any]`: `"max_length"`, `"truncate_persona"`, `"persona_start_marker"`, `"persona_end_marker"` and
-            `"chat_template_kwargs"` of its training; empty if there is no such file, which is so where it was trained with
+        `dict[str, Any]`: `"max_length"`, `"truncate_persona"`, `"persona_start_marker"`, `"persona_end_marker"`,
+            `"chat_template_kwargs"` and `"answer_only_loss"` of its training; empty if there is no such file, which is so where it was trained with
             something else. Values of a wrong type are left out, with a warning.
     """
     path = cached_file(

@@ -9,7 +9,7 @@ import copy
 import json
 import re
 from collections.abc import Iterable
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -32,10 +32,12 @@ from .marks import (
     prompt_texts,
     render,
     render_messages,
+    response_texts,
 )
-from .masks import TokenBytes, mask_tokens, trim_persona
+from .masks import TokenBytes, mask_tokens, text_and_offsets, trim_persona
 from .parts import join_parts, takes_parts
 from .rows import suggest_columns
+from .thoughts import MARKERS, thought_end, writes_thoughts
 from .turns import Turns, assistant_spans, is_messages
 
 
@@ -56,6 +58,8 @@ _CONVERSATIONAL = ("prompt", "completion", "messages", "tools", "chat_template_k
 
 # What is looked at ahead: a streaming dataset cannot be counted, so its first rows stand for it.
 _SAMPLE = 100
+# Tokens before a turn that may open its thought, and of a turn's beginning that hold a thought without a word
+_THOUGHT_OPENING, _EMPTY_THOUGHT = 16, 32
 # Rows that are read at a time
 _BATCH = 1000
 
@@ -316,6 +320,11 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, tur
             "truncate_persona": args.truncate_persona,
             "keep_end": args.truncation_mode == "keep_end",
             "drop_turn": args.counterfactual == "drop_turn",
+            "untrained_thoughts": "all"
+            if args.answer_only_loss
+            else "empty"
+            if writes_thoughts(turns.chat_template or tokenizer.chat_template)
+            else "none",
         },
         remove_columns=[SPANS_COLUMN] if SPANS_COLUMN in get_dataset_column_names(dataset) else None,
         features=features,
@@ -539,6 +548,7 @@ def _mask_row(
     truncate_persona,
     keep_end,
     drop_turn,
+    untrained_thoughts,
 ) -> dict[str, Any]:
     ids, labels = example["input_ids"], example["labels"]
     spans, text = _spans(example), None
@@ -567,6 +577,9 @@ def _mask_row(
                     raise
                 row[_OTHERS_COLUMN] = -1  # they are only counted
 
+    if SPANS_COLUMN in example and turns != "all" and untrained_thoughts != "none" and is_conversational(example):
+        row["labels"] = labels = _without_thoughts(example, ids, labels, token_bytes, untrained_thoughts == "empty")
+
     trimmed = 0
     if max_length is not None and len(ids) > max_length:
         if not truncate_persona or not any(mask):
@@ -586,6 +599,28 @@ def _mask_row(
         trimmed = len(ids) - len(keep)
     is_labelled = any(label != -100 for label in row.get("labels", labels))
     return {**row, _TRIMMED_COLUMN: trimmed if is_labelled else _UNLABELLED}
+
+
+def _without_thoughts(
+    example: dict[str, Any], ids: list[int], labels: list[int], token_bytes: TokenBytes, empty_only: bool
+) -> list[int]:
+    """The labels, and -100 on the thoughts that trained turns begin with; if `empty_only`, on those that the template has added."""
+    if empty_only and any(mark in text for text in response_texts(example) for _, mark in MARKERS):
+        return labels  # which are somebody's own
+    labels, position = [*labels], 0
+    for is_trained, run in groupby(labels, lambda label: label != -100):
+        first, position = position, position + len([*run])
+        if not is_trained:
+            continue
+        begin = max(first - _THOUGHT_OPENING, 0)
+        end = min(position, first + _EMPTY_THOUGHT) if empty_only else position
+        text, offsets = text_and_offsets([token_bytes[token] for token in ids[begin:end]])
+        start = offsets[first - begin][0]
+        thought = thought_end(text, start, empty_only)
+        for index, (_, behind) in enumerate(offsets[first - begin :], first):
+            if start < behind <= thought:
+                labels[index] = -100
+    return labels
 
 
 def _tokens_in(

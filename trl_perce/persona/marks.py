@@ -352,6 +352,11 @@ def prompt_texts(example: dict[str, Any], text_field: str) -> list[str]:
     return [holder[key] for holder, key, _, is_response in _texts(example, text_field) if not is_response]
 
 
+def response_texts(example: dict[str, Any], text_field: str = "text") -> list[str]:
+    """The texts of a row's responses."""
+    return [holder[key] for holder, key, _, is_response in _texts(example, text_field) if is_response]
+
+
 def render(
     example: dict[str, Any],
     spans: list[Span],
