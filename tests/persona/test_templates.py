@@ -460,3 +460,39 @@ def test_where_a_thought_ends(text, answer):
     text = text.replace("|Hm.", "Hm.")
     assert text[thought_end(text, start) :] == answer
     assert thought_end(text, start, empty_only=True) == start
+
+
+# ── a persona in the system message, ten turns ───────────────────────────────────────────────────────────────────────
+
+
+def test_ten_turns(with_template, make_args):
+    """Every reply is trained, with weights from the model's own passes over the conversation with and without the persona."""
+    tokenizer, model = with_template(GENERATION), make_tiny_model("llama").eval()
+    rounds = [
+        message
+        for index in range(10)
+        for message in (user(f"Question {index}, what?"), assistant(f"A needle, number {index}."))
+    ]
+    row = {"persona": "I sew my own dresses.", "messages": [system("Be brief.\n{persona}\nThat is all."), *rounds]}
+    found = []
+    for persona in ("I sew my own dresses.", ""):
+        talk = [system(f"Be brief.\n{persona}\nThat is all."), *rounds]
+        encoded = tokenizer.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True)
+        ids, own = torch.tensor([encoded["input_ids"]]), torch.tensor(encoded["assistant_masks"], dtype=torch.bool)
+        with torch.no_grad():
+            log_probs = model(ids).logits[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        found.append((ids[0], own, log_probs[own[1:]]))
+    (ids, own, with_persona), (without, _, without_it) = found
+    args = make_args(max_length=2048)
+    trainer = PerCETrainer(model, args, train_dataset=_to_dataset([row]), processing_class=tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    (labels,) = batch["labels"]
+    assert (labels != -100).tolist() == own.tolist() and tokenizer.decode(labels[own]).count("A needle") == 10
+    trainer._e_step(trainer.model, [batch])
+    assert batch["counterfactual_log_probs"].double() == pytest.approx(without_it, abs=1e-4)
+    weights = (with_persona - without_it).clamp(0.8, 5.0)
+    loss = trainer.compute_loss(model.eval(), batch, num_items_in_batch=own.sum())
+    assert float(loss) == pytest.approx(float(-(weights * with_persona).sum() / own.sum()), abs=1e-4)
+    scores = PerContrast(model, tokenizer, use_cpu=True).score(row)
+    assert scores.pir == pytest.approx((with_persona - without_it).numpy(), abs=1e-4)
+    assert scores.num_counterfactual_tokens == len(without) and scores.num_tokens == len(ids)
