@@ -49,6 +49,7 @@ def test_inherited_defaults_are_not_touched():
         ({"weight_clip_max": float("nan")}, "`weight_clip_max` is nan"),
         ({"weight_clip_max": float("inf")}, "`weight_clip_max` is inf"),
         ({"persona_start_marker": ""}, "not empty"),
+        ({"answer_only_loss": True, "assistant_only_loss": False}, "Leave one of them out"),
         ({"persona_start_marker": "##", "persona_end_marker": "##"}, "none contains the other"),
         ({"persona_start_marker": "@", "persona_end_marker": "@@"}, "none contains the other"),
     ],

@@ -245,6 +245,10 @@ class PerCEConfig(SFTConfig):
                 f"`persona_start_marker` is {start!r} and `persona_end_marker` is {end!r}. Write two texts that are not "
                 "empty and of which none contains the other."
             )
+        if self.answer_only_loss and self.assistant_only_loss is False:
+            raise ValueError(
+                "`answer_only_loss` trains the assistant's answers alone, and `assistant_only_loss=False` every token. Leave one of them out."
+            )
         read_object(self, "chat_template_kwargs", '{"enable_thinking": false}')
         # TRL's default stands under the name that Transformers 5.23 warns of, for everybody
         if getattr(self, "activation_checkpointing", False) is None:
