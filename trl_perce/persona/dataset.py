@@ -238,7 +238,9 @@ def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, turn
         if spans or (by_prefix and index == 0):
             with _naming_row(name, index):
                 spans = join_parts(example, spans) if joins else spans
-                text, _ = render(example, spans, tokenizer, turns.chat_template, args.dataset_text_field)
+                render(example, spans, tokenizer, turns.chat_template, args.dataset_text_field)
+                # As TRL has it: a template may write another text where a persona's borders are in it
+                text, _ = render(example, [], tokenizer, turns.chat_template, args.dataset_text_field)
                 if by_prefix:
                     assistant_spans(example, text, tokenizer, turns.chat_template)
                 if args.counterfactual == "drop_turn":
