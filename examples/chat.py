@@ -5,7 +5,8 @@ Chat with a model that knows who you are, and see which of its words come from t
 
     python examples/chat.py --model outputs/demo --persona me.txt
 
-`--model` is an adapter or a model, `--persona` a text file about you. In the chat:
+`--model` is an adapter or a model, `--persona` a text file about you. It begins your first message, or with `--system` stands in a system
+message, whichever the model was trained with. In the chat:
 
     /pir            colour the last answer by how much likelier the persona makes each token
     /persona FILE   be somebody else, and begin anew
@@ -14,6 +15,7 @@ Chat with a model that knows who you are, and see which of its words come from t
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from rich.console import Console
@@ -21,6 +23,7 @@ from transformers import TextStreamer
 
 from trl_perce import PerContrast
 from trl_perce.history.entries import find_mark
+from trl_perce.hub.run_settings import read_run_settings
 from trl_perce.scoring.heatmap.terminal import print_heatmap
 
 
@@ -36,12 +39,26 @@ def main() -> None:
     parser.add_argument(
         "--template", default="About me: {persona}\n\n", help="begins the first message; {persona} is the file's text"
     )
+    parser.add_argument(
+        "--system",
+        nargs="?",
+        const="About the user: {persona}",
+        help="put the persona into a system message, this one or 'About the user: {persona}'",
+    )
+    parser.add_argument(
+        "--chat_template_kwargs",
+        type=json.loads,
+        help="arguments of the chat template as JSON, such as '{\"enable_thinking\": false}' (default: those of the training)",
+    )
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.4, help="0 is greedy")
     args = parser.parse_args()
-    args.template = args.template.replace("\\n", "\n")
-    if args.template.count("{persona}") != 1:
-        parser.error("--template must hold {persona} once")
+    for name in ("template", "system"):
+        text = getattr(args, name)
+        if text is not None:
+            setattr(args, name, text.replace("\\n", "\n"))
+            if text.count("{persona}") != 1:
+                parser.error(f"--{name} must hold {{persona}} once")
     Chat(args, _read(parser, args.persona)).run()
 
 
@@ -58,7 +75,9 @@ class Chat:
     def __init__(self, args: argparse.Namespace, persona: str):
         self.args, self.persona, self.messages = args, persona, []
         self.console = Console(highlight=False)
-        self.scorer = PerContrast(args.model)
+        if args.chat_template_kwargs is None:
+            args.chat_template_kwargs = read_run_settings(args.model).get("chat_template_kwargs")
+        self.scorer = PerContrast(args.model, chat_template_kwargs=args.chat_template_kwargs)
         self.model, self.tokenizer = self.scorer.model, self.scorer.tokenizer
 
     def run(self) -> None:
@@ -92,12 +111,19 @@ class Chat:
             self.answer(text)
 
     def answer(self, text: str) -> None:
-        if not self.messages:
+        before = [*self.messages]
+        if not self.messages and self.args.system is not None:
+            self.messages.append({"role": "system", "content": self.args.system})
+        elif not self.messages:
             text = self.args.template + text
         self.messages.append({"role": "user", "content": text})
         first = {**self.messages[0], "content": self.messages[0]["content"].replace("{persona}", self.persona, 1)}
         prompt = self.tokenizer.apply_chat_template(
-            [first, *self.messages[1:]], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            [first, *self.messages[1:]],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+            **(self.args.chat_template_kwargs or {}),
         ).to(self.model.device)
         sampling = (
             {"do_sample": True, "temperature": self.args.temperature}
@@ -110,7 +136,7 @@ class Chat:
                 **prompt, **sampling, max_new_tokens=self.args.max_new_tokens, streamer=streamer
             )
         except KeyboardInterrupt:  # of this answer, not of the chat
-            self.messages.pop()
+            self.messages = before
             print()
             return
         answer = self.tokenizer.decode(output[0, prompt["input_ids"].size(1) :], skip_special_tokens=True)

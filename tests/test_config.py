@@ -22,6 +22,8 @@ def test_every_new_field_has_help_and_the_defaults_are_the_papers():
         "persona_start_marker": "<persona>",
         "persona_end_marker": "</persona>",
         "truncate_persona": True,
+        "chat_template_kwargs": None,
+        "answer_only_loss": False,
         "on_nonfinite": "stop",
         "check_model": True,
     }
@@ -42,12 +44,13 @@ def test_inherited_defaults_are_not_touched():
     [
         ({"token_weighting": "persona"}, "`token_weighting` is 'persona'. Write one of 'perce', 'loss', 'entropy'"),
         ({"weight_normalization": "batch"}, "Write one of 'none', 'sequence'"),
-        ({"counterfactual": "swap"}, "Write one of 'drop', 'mask'"),
+        ({"counterfactual": "swap"}, "Write one of 'drop', 'drop_turn', 'mask'"),
         ({"weight_clip_min": 6.0}, r"`weight_clip_min` \(6.0\) is over `weight_clip_max` \(5.0\)"),
         ({"weight_clip_min": -0.1}, "`weight_clip_min` is -0.1. Write a finite number that is not negative"),
         ({"weight_clip_max": float("nan")}, "`weight_clip_max` is nan"),
         ({"weight_clip_max": float("inf")}, "`weight_clip_max` is inf"),
         ({"persona_start_marker": ""}, "not empty"),
+        ({"answer_only_loss": True, "assistant_only_loss": False}, "Leave one of them out"),
         ({"persona_start_marker": "##", "persona_end_marker": "##"}, "none contains the other"),
         ({"persona_start_marker": "@", "persona_end_marker": "@@"}, "none contains the other"),
     ],

@@ -246,12 +246,14 @@ def test_signature_columns():
 def test_names_that_are_not_public():
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
     from trl.cli.commands.training import _subtract_subsequence
-    from trl.data_utils import get_dataset_column_names
+    from trl.data_utils import common_prefix_length, get_dataset_column_names
 
     for function, parameters in (
         (get_dataset_column_names, ["dataset"]),
+        (common_prefix_length, ["ids", "other_ids"]),
         (utils.global_then_local_main_first, []),
         (utils.get_config_model_id, ["config"]),
+        (utils.remove_none_values, ["example"]),
         (resolve_accelerate_config_argument, ["launch_args"]),
         (_subtract_subsequence, ["lst", "subseq"]),
     ):

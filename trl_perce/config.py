@@ -2,6 +2,7 @@
 
 """The configurations of training and of scoring, which are also their command lines."""
 
+import json
 import math
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -57,7 +58,11 @@ class PerCEConfig(SFTConfig):
         counterfactual (`str`, *optional*, defaults to `"drop"`):
             How the persona is taken out of the context. Possible values are:
 
-            - `"drop"`: its tokens leave the sequence, which gets short and cheap.
+            - `"drop"`: its tokens leave the sequence, which gets short and cheap. A system message that is the persona and nothing
+              else stays as an empty turn.
+            - `"drop_turn"`: as `"drop"`, but such a system message leaves with its turn, as if it had not been sent. The rest must
+              be as the chat template renders it without the message; a template that writes a system message of its own
+              instead (Qwen 2.5's) is refused.
             - `"mask"`: its tokens stay in place, so all positions stay, and no token attends to them. Costs a forward
               pass over the whole sequence, and needs an attention implementation that takes a padding mask.
 
@@ -83,6 +88,10 @@ class PerCEConfig(SFTConfig):
             Whether a row longer than `max_length` loses persona tokens, from the end of the persona. If `False`, TRL's
             truncation applies, which cuts the end of the row, and so the response, first.
 
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Arguments of the chat template for all rows, such as `{"enable_thinking": False}`. Those in a row's own column
+            `chat_template_kwargs`, as TRL reads it, go first, key by key.
+
         > Parameters that control which tokens are trained
 
         assistant_only_loss (`bool`, *optional*):
@@ -92,6 +101,12 @@ class PerCEConfig(SFTConfig):
             which trains `messages` whole, system, persona and user included; a warning counts those tokens. The assistant's
             turns are told by the chat template's `{% generation %}` marks or those of TRL's training template; of `messages` in
             a template without either, by rendering the conversation up to each turn.
+
+        answer_only_loss (`bool`, *optional*, defaults to `False`):
+            Whether of an assistant's turn the answer alone is trained, and not the thought before it (`reasoning_content`, or
+            between `<think>` and `</think>`, Gemma's and Harmony's marks). By default a thought is trained where the chat template
+            writes it. One without a word, which a template adds by itself (Qwen3's `<think>\n\n</think>`), is not trained either
+            way: the model would learn not to think.
 
         > Parameters that control what happens when numbers break
 
@@ -141,8 +156,9 @@ class PerCEConfig(SFTConfig):
         default="drop",
         metadata={
             "help": "How the persona is taken out of the context of the counterfactual pass: 'drop' (its tokens leave "
-            "the sequence) or 'mask' (they stay in place and no token attends to them).",
-            "choices": ["drop", "mask"],
+            "the sequence), 'drop_turn' (and with them a system turn that holds nothing else) or 'mask' (they stay in place and no "
+            "token attends to them).",
+            "choices": ["drop", "drop_turn", "mask"],
         },
     )
     counterfactual_batch_tokens: int | str | None = field(
@@ -172,6 +188,13 @@ class PerCEConfig(SFTConfig):
             "False, TRL's truncation applies, which cuts the response first."
         },
     )
+    chat_template_kwargs: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of the chat template for all rows, as a JSON object such as '{\"enable_thinking\": false}'. A row's "
+            "own column `chat_template_kwargs` goes first, key by key."
+        },
+    )
     assistant_only_loss: bool | None = field(
         default=None,
         metadata={
@@ -180,6 +203,13 @@ class PerCEConfig(SFTConfig):
             "TRL does by default.",
             "nargs": "?",  # alone it is true, as in TRL
             "const": True,
+        },
+    )
+    answer_only_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "Of an assistant's turn train the answer alone, not the thought before it. A thought without a word, which the "
+            "chat template adds by itself, is never trained."
         },
     )
     on_nonfinite: str = field(
@@ -230,6 +260,11 @@ class PerCEConfig(SFTConfig):
                 f"`persona_start_marker` is {start!r} and `persona_end_marker` is {end!r}. Write two texts that are not "
                 "empty and of which none contains the other."
             )
+        if self.answer_only_loss and self.assistant_only_loss is False:
+            raise ValueError(
+                "`answer_only_loss` trains the assistant's answers alone, and `assistant_only_loss=False` every token. Leave one of them out."
+            )
+        read_object(self, "chat_template_kwargs", '{"enable_thinking": false}')
         # TRL's default stands under the name that Transformers 5.23 warns of, for everybody
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing
@@ -263,6 +298,7 @@ class PerContrastConfig(PerCEConfig):
             What takes the place of the persona in the counterfactual pass. Possible values are:
 
             - `"drop"`: nothing; its tokens leave the sequence.
+            - `"drop_turn"`: nothing, and a system message that is the persona and nothing else leaves with its turn.
             - `"mask"`: its tokens stay in place and no token attends to them.
             - `"swap"`: the persona of the next row that has another one. PIR then tells what is specific to *this* user and
               not to having any persona. Not for training.
@@ -280,9 +316,10 @@ class PerContrastConfig(PerCEConfig):
     counterfactual: str = field(
         default="drop",
         metadata={
-            "help": "What takes the place of the persona in the counterfactual pass: 'drop' (nothing), 'mask' (its tokens stay "
-            "and no token attends to them) or 'swap' (the persona of another row).",
-            "choices": ["drop", "mask", "swap"],
+            "help": "What takes the place of the persona in the counterfactual pass: 'drop' (nothing), 'drop_turn' "
+            "(nothing, not even its system turn), 'mask' (its tokens stay and no token attends to them) or 'swap' (the persona of "
+            "another row).",
+            "choices": ["drop", "drop_turn", "mask", "swap"],
         },
     )
     bf16: bool | None = field(
@@ -324,6 +361,29 @@ def _read_numbers(args, *names: str) -> None:
                 f"`{name}` is {value!r}. Write a number, such as {args.__dataclass_fields__[name].default}."
             )
         setattr(args, name, number)
+
+
+def read_object(args, name: str, example: str) -> None:
+    """
+    Make an object of a field that holds it as JSON, as on a command line.
+
+    Args:
+        args (`Any`): A configuration.
+        name (`str`): The field. `None` stays.
+        example (`str`): What to write, for the message.
+
+    Raises:
+        `ValueError`: It holds something else.
+    """
+    value = found = getattr(args, name)
+    if isinstance(value, str):
+        try:
+            found = json.loads(value)
+        except json.JSONDecodeError:
+            pass  # named below
+    if not isinstance(found, dict | None):
+        raise ValueError(f"`{name}` is {value!r}. Write a JSON object, such as '{example}'.")
+    setattr(args, name, found)
 
 
 def autocast_dtype(args: PerCEConfig) -> torch.dtype | None:

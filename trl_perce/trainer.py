@@ -206,7 +206,7 @@ class PerCETrainer(CheckpointMixin, UploadMixin, ModelCheckMixin, SFTTrainer):
                     tokenizer = copy.deepcopy(processing_class)
                     tokenizer.chat_template = template
                 turns = choose_turns(first, tokenizer, args.assistant_only_loss)
-                check_rendering(train_dataset, "train", tokenizer, turns, args.dataset_text_field)
+                check_rendering(train_dataset, "train", tokenizer, turns, args)
                 by_marks = turns.by == "marks"
 
         if args.token_weighting == "perce":
@@ -257,7 +257,8 @@ class PerCETrainer(CheckpointMixin, UploadMixin, ModelCheckMixin, SFTTrainer):
             self._warned_of_noise = warn_of_noise(self.model, args)
             if data_collator is None:  # the collator that TRL built, with both passes
                 self.data_collator: Any = DataCollatorForPerCE(
-                    **dataclasses.asdict(self.data_collator), counterfactual=args.counterfactual
+                    **dataclasses.asdict(self.data_collator),
+                    counterfactual="mask" if args.counterfactual == "mask" else "drop",
                 )
             hidden_size = self.model.config.get_text_config().hidden_size
             self._e_step = EStep(self.accelerator, self.data_collator, hidden_size, args.counterfactual_batch_tokens)

@@ -131,22 +131,33 @@ def test_the_length_of_the_training_is_taken(score, tiny_model, tmp_path, capsys
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(target_modules="all-linear"))
     adapter = tmp_path / "adapter"
     model.save_pretrained(adapter)
-    write_run_settings(make_args(max_length=64, truncate_persona=False, persona_end_marker="</p>"), adapter)
+    own = {"max_length": 64, "truncate_persona": False, "persona_end_marker": "</p>", "chat_template_kwargs": {"a": 1}}
+    write_run_settings(make_args(**own), adapter)
     where = f"({adapter}/trl_perce.json)\n"
-    taken = f"As in the training: max_length 64, truncate_persona False, persona_end_marker </p> {where}"
+    taken = (
+        "As in the training: max_length 64, truncate_persona False, persona_end_marker </p>, "
+        f"chat_template_kwargs {{'a': 1}} {where}"
+    )
     assert score("--adapter", str(adapter), "--max_rows", "1", "--png_rows", "1") == 0
     settings = json.loads((tmp_path / "scores" / "settings.json").read_text())
+    assert {name: settings[name] for name in own} == own and taken in capsys.readouterr().out
     names = ("max_length", "truncate_persona", "persona_end_marker")
-    assert [settings[name] for name in names] == [64, False, "</p>"] and taken in capsys.readouterr().out
 
     def values(*argv):
         take_run_settings(args := make_args(PerContrastConfig), argv, str(adapter))
         return [getattr(args, name) for name in names], capsys.readouterr().out
 
     (tmp_path / "config.yaml").write_text("max_length: 1024\ntruncate_persona: true\n")  # the defaults, but given
-    said = f"As in the training: persona_end_marker </p> {where}"
+    said = f"As in the training: persona_end_marker </p>, chat_template_kwargs {{'a': 1}} {where}"
     assert values("--config", str(tmp_path / "config.yaml")) == ([1024, True, "</p>"], said)
-    given = ["--max_length=1024", "--truncate_persona", "--persona-end-marker", "</persona>"]
+    given = [
+        "--max_length=1024",
+        "--truncate_persona",
+        "--persona-end-marker",
+        "</persona>",
+        "--chat_template_kwargs",
+        "{}",
+    ]
     assert values(*given) == ([1024, True, "</persona>"], "")
     (adapter / "trl_perce.json").write_text('{"max_length": "64", "truncate_persona": false}')
     assert values()[0] == [1024, False, "</persona>"]

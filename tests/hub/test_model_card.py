@@ -114,7 +114,16 @@ def test_the_experts_of_a_mixture(make_args, tokenizer, tmp_path, caplog):
     assert (tmp_path / "moe" / "checkpoint-1" / "adapter_model.safetensors").is_file()
     saved = json.loads((tmp_path / "moe" / "checkpoint-1" / "trl_perce.json").read_text())
     markers = {"persona_start_marker": "<persona>", "persona_end_marker": "</persona>"}
-    assert saved == {"max_length": None, "truncate_persona": True} | markers
+    assert (
+        saved
+        == {
+            "max_length": None,
+            "truncate_persona": True,
+            "chat_template_kwargs": None,
+            "answer_only_loss": False,
+        }
+        | markers
+    )
     card = ModelCard.load(tmp_path / "moe" / "README.md").text
     assert "dropout 0, on mlp.experts.down_proj, mlp.experts.gate_up_proj" in card
     assert _adapted(LoraConfig(target_parameters=["experts.up"])) == "experts.up"  # `target_modules` is `None` here

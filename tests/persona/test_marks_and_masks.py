@@ -6,11 +6,11 @@ from importlib import resources
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from trl_perce.persona.marks import PersonaError, mark_persona, render, split_at_markers, split_at_placeholder
-from trl_perce.persona.masks import TokenBytes, byte_mask, token_mask, trim_persona
+from trl_perce.persona.masks import TokenBytes, byte_mask, mask_tokens, token_mask, trim_persona
 
 
 # Public template of Mistral-7B-Instruct-v0.2; TRL ships none of Mistral.
@@ -256,14 +256,6 @@ def test_a_token_is_masked_exactly_if_it_holds_a_character_of_a_span(tiling):
     assert token_mask(offsets, spans) == [int(any(c in characters for c in range(*offset))) for offset in offsets]
 
 
-@given(tilings())
-def test_trimmed_offsets_give_the_same_mask_where_the_space_is_on_the_spans_side(tiling):
-    offsets, spans = tiling
-    # As `trim_offsets` does: the first character of each token but the first is a space that no offset covers
-    trimmed = [offsets[0]] + [(start + 1, end) for start, end in offsets[1:]]
-    assert token_mask(trimmed, spans) == token_mask(offsets, spans)
-
-
 @settings(max_examples=60)
 @given(st.text(st.sampled_from("ab é🧵👩🏽‍🚀北\n\t {}"), min_size=1, max_size=40), st.data())
 def test_no_byte_of_the_persona_stays_on_a_real_tokenizer(smollm2_tokenizer, text, data):
@@ -350,3 +342,84 @@ def test_trimming_takes_persona_tokens_from_the_end_and_no_others(mask, max_leng
 def test_spans_survive_json():
     _, spans = mark_persona({"messages": [{"role": "user", "content": "<persona>a</persona>"}]})
     assert json.loads(json.dumps(spans)) == [["messages", 0, None, 0, 1]]
+
+
+# ── tokenizers of which only their offsets tell ──────────────────────────────────────────────────────────────────────
+
+WORDS = ["I sew my own dresses and love linen. What should I buy? A new set of needles, 🧵 naïve café."] * 4
+
+
+def byte_level(trim_offsets, add_prefix_space, normalizer, adds_tokens):
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    bpe.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        bpe.normalizer = normalizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options = {"special_tokens": ["<s>", "</s>"], "initial_alphabet": alphabet, "show_progress": False}
+    bpe.train_from_iterator(WORDS, trainers.BpeTrainer(vocab_size=400, **options))
+    bpe.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    if adds_tokens:
+        ends = (("</s>", 1), ("<s>", 0))
+        bpe.post_processor = processors.RobertaProcessing(*ends, trim_offsets, add_prefix_space)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe)
+
+
+@pytest.fixture(scope="module")
+def odd_tokenizers():
+    kinds = [(True, None, False), (False, normalizers.Lowercase(), False), (True, None, True), (False, None, True)]
+    return [[byte_level(trims, *kind) for trims in (True, False)] for kind in kinds]
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.sampled_from(["I", "sew", " ", "  ", "\n", "é", "🧵", ".", " Wh", "linen"]), min_size=1).map("".join),
+    st.data(),
+)
+def test_trimmed_offsets_give_the_mask_of_whole_ones(odd_tokenizers, text, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    spans = [(a, b) for a, b in zip(cuts[::2], cuts[1::2], strict=False) if a < b]
+    for trimming, whole in odd_tokenizers:
+        for adds in (False, True):
+            encoded = whole(text, add_special_tokens=adds, return_offsets_mapping=True)
+            ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+            assert trimming(text, add_special_tokens=adds)["input_ids"] == ids
+            assert mask_tokens(ids, text, spans, TokenBytes(trimming)) == token_mask(offsets, spans)
+
+
+@pytest.fixture(scope="module")
+def word_piece():
+    pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    pieces.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    options = {"special_tokens": ["[UNK]", "[CLS]", "[SEP]"], "show_progress": False}
+    pieces.train_from_iterator(WORDS, trainers.WordPieceTrainer(vocab_size=120, **options))
+    pieces.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    return PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="[UNK]")
+
+
+def test_word_pieces(word_piece):
+    token_bytes = TokenBytes(word_piece)
+
+    def split(before, persona, behind):
+        text = before + persona + behind
+        ids = word_piece(text)["input_ids"]
+        mask = mask_tokens(ids, text, [(len(before), len(before) + len(persona))], token_bytes)
+        return [[token for token, own in zip(ids, mask, strict=True) if own == inside] for inside in (0, 1)]
+
+    def ids_of(*texts):
+        return [token for text in texts for token in word_piece(text, add_special_tokens=False)["input_ids"]]
+
+    for before, persona, behind in [
+        ("I buy ", "my dresses ", "and linen"),  # the blank is no part of the word behind
+        ("I buy", " my dresses", " and linen"),
+        ("buy:", "my dresses", ".linen"),
+        ("I buy 北京 ", "🧵 ", "and 🧵"),
+    ]:
+        outside, inside = split(before, persona, behind)
+        assert (outside, inside) == ([1, *ids_of(before, behind), 2], ids_of(persona))
+    with pytest.raises(
+        PersonaError, match="knows no part of 'linen🧵', of which a part is the persona's.*Write a space"
+    ):
+        split("I buy linen", "🧵", " now")
+    assert mask_tokens([1, 5, 2], "I sew", [(0, 1)], token_bytes) is None

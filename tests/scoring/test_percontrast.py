@@ -377,7 +377,7 @@ def test_bad_rows(scorer, rows, error, message):
 
 def test_bad_configuration(tiny_model, scorer):
     for options, message in (
-        ({"counterfactual": "erase"}, "'drop', 'mask', 'swap'"),
+        ({"counterfactual": "erase"}, "'drop', 'drop_turn', 'mask', 'swap'"),
         ({"score_batch_tokens": 0}, "positive number of tokens"),
         ({"personal_threshold": float("nan")}, "finite number of nats"),
     ):

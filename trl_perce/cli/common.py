@@ -541,8 +541,8 @@ def given_arguments(argv: list[str]) -> set[str]:
 
 def take_run_settings(args, argv: list[str], saved: str) -> None:
     """
-    Take `max_length`, `truncate_persona` and the persona's markers from the training of what is loaded, where they are not given, and say
-    which value was taken from where.
+    Take what `trl_perce.json` keeps (`max_length`, `chat_template_kwargs`, the persona's markers, …) from the training of what is loaded,
+    where it is not given, and say which value was taken from where.
 
     Args:
         args ([`PerContrastConfig`]): Gets them.

@@ -2,11 +2,10 @@
 
 """Configuration of an evaluation: how predictions are made, and what is measured. Each field is an option of the command."""
 
-import json
 import math
 from dataclasses import dataclass, field
 
-from ..config import PerContrastConfig
+from ..config import PerContrastConfig, read_object
 
 
 @dataclass
@@ -70,6 +69,8 @@ class GenerationArguments(PerContrastConfig):
             raise ValueError(f"`top_p` is {self.top_p}. Write a number over 0 and up to 1.")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"`guidance_scale` is {self.guidance_scale}. Write a finite number, 1 for no guidance.")
+        if self.guidance_scale != 1 and self.counterfactual == "drop_turn":
+            raise ValueError("`guidance_scale` does not go with `counterfactual='drop_turn'`. Set it to 'drop'.")
         for name in ("max_new_tokens", "generation_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. Write a positive number of tokens.")
@@ -157,13 +158,4 @@ class EvaluationArguments:
             raise ValueError("`judge_base_url` and `judge_model` belong together. Set both, or neither.")
         if self.judge_max_tokens < 1:
             raise ValueError(f"`judge_max_tokens` is {self.judge_max_tokens}. Write a positive number of tokens.")
-        if isinstance(self.judge_extra_body, str):
-            try:
-                self.judge_extra_body = json.loads(self.judge_extra_body)
-            except json.JSONDecodeError:
-                pass  # named below
-        if not isinstance(self.judge_extra_body, dict | None):
-            raise ValueError(
-                f"`judge_extra_body` is {self.judge_extra_body!r}. Write a JSON object, such as "
-                '\'{"chat_template_kwargs": {"enable_thinking": false}}\'.'
-            )
+        read_object(self, "judge_extra_body", '{"chat_template_kwargs": {"enable_thinking": false}}')

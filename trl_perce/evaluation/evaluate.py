@@ -49,10 +49,10 @@ PREDICTIONS = "predictions.jsonl"
 # Settings that predictions and scores depend on
 _SHARED_SETTINGS = [
     *("max_length", "truncate_persona", "chat_template_path", "eos_token", "bf16", "fp16"),
-    *("persona_start_marker", "persona_end_marker"),
+    *("persona_start_marker", "persona_end_marker", "chat_template_kwargs"),
 ]
 _GENERATION_SETTINGS = ["temperature", "top_p", "max_new_tokens", "guidance_scale", "seed"]
-_SCORE_SETTINGS = ["counterfactual", "personal_threshold", "truncation_mode"]
+_SCORE_SETTINGS = ["counterfactual", "personal_threshold", "truncation_mode", "answer_only_loss"]
 
 
 def evaluate(
@@ -323,7 +323,9 @@ class Evaluation:
         file = self.score_files[name]
         if not file.is_finished:
             model = self._loaded()
-            scorer = PerContrast(model, self.tokenizer, self.args)
+            # Another's persona takes the place of a row's own, whose turn stays
+            args = copy_config(self.args, counterfactual="drop") if name == "swapped" else self.args
+            scorer = PerContrast(model, self.tokenizer, args)
             prepared, done, started = scorer.prepare(self.rows), frozenset(file.done), time.time()
             share = file.share()
             if name == "reference":

@@ -3,6 +3,7 @@
 """From a dataset's rows to prompts, and from generated tokens to the lines of `predictions.jsonl`."""
 
 import copy
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,8 +13,9 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
-from ..persona.marks import PersonaError, describe, mark_persona, render
-from ..persona.masks import TokenBytes, byte_mask, persona_stretches, swap_persona, token_mask, trim_persona
+from ..persona.marks import PersonaError, describe, mark_persona, render, render_messages
+from ..persona.masks import TokenBytes, mask_tokens, persona_stretches, swap_persona, trim_persona
+from ..persona.parts import join_parts, takes_parts
 from .thoughts import opens_thought, split_thought
 from .uptake import other_personas
 
@@ -35,7 +37,7 @@ class Prompt:
         user (`str` or `None`): Its column `user`, if it has one.
         persona (`str`): The persona that is in the prompt, before it is trimmed; empty if there is none.
         query (`str`): The text that the response answers, with "…" for the persona.
-        reference (`str`): The row's own response.
+        reference (`str`): The row's own response; of one that calls a tool without a word, the call as the chat template writes it.
         input_ids (`list[int]`): Tokens of the prompt, up to where the model's answer begins.
         persona_mask (`list[int]`): 1 where a token belongs to the persona.
         trimmed (`int`, *optional*, defaults to `0`): Tokens that the persona lost, to fit into `max_length`.
@@ -82,10 +84,11 @@ def make_prompts(
         `ValueError`: There is no row, or a row is not of the type prompt-completion.
     """
     token_bytes = TokenBytes(tokenizer)
+    joins = bool(tokenizer.chat_template) and not takes_parts(tokenizer)
     prompts = []
     for index, row in enumerate(rows):
         try:
-            prompts.append(_make_prompt(index, row, tokenizer, token_bytes, args))
+            prompts.append(_make_prompt(index, row, tokenizer, token_bytes, joins, args))
         except ValueError as error:
             raise type(error)(f"row {index}: {error}") from error
     if not prompts:
@@ -199,15 +202,21 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return behind[0] if behind and behind[0] in tokenizer.all_special_ids else None
 
 
-def _make_prompt(index: int, row: dict[str, Any], tokenizer, token_bytes: TokenBytes, args) -> Prompt:
+def _make_prompt(index: int, row: dict[str, Any], tokenizer, token_bytes: TokenBytes, joins: bool, args) -> Prompt:
     if row.get("prompt") is None or row.get("completion") is None:
         raise ValueError(
             "evaluation needs the columns 'prompt' and 'completion' (what the user wrote, which the answer is compared with); "
             f"it has {', '.join(map(repr, row))}."
         )
     example, spans = mark_persona(
-        copy.deepcopy(row), args.dataset_text_field, args.persona_start_marker, args.persona_end_marker
+        copy.deepcopy(row),
+        args.dataset_text_field,
+        args.persona_start_marker,
+        args.persona_end_marker,
+        args.chat_template_kwargs,
     )
+    if joins:
+        spans = join_parts(example, spans)
     outside = [span for span in spans if span.column != "prompt"]
     if outside:
         raise PersonaError(f"the persona is in {outside[0].column!r}. Move it to the prompt.")
@@ -220,18 +229,15 @@ def _make_prompt(index: int, row: dict[str, Any], tokenizer, token_bytes: TokenB
     text, char_spans = render(
         alone, [span._replace(column=column) for span in spans], tokenizer, text_field=args.dataset_text_field
     )
-    encoded = tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=True)
-    ids, mask = encoded["input_ids"], None
-    if char_spans:
-        mask = byte_mask([token_bytes[token] for token in ids], text, char_spans)
-        mask = mask or token_mask(encoded["offset_mapping"], char_spans)
+    ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+    mask = mask_tokens(ids, text, char_spans, token_bytes) if char_spans else None
     return Prompt(
         row=index,
         id=_text(row.get("id")),
         user=_text(row.get("user")),
         persona=persona,
         query=query,
-        reference=_reference(example["completion"]),
+        reference=_reference(example, alone, tokenizer),
         input_ids=ids,
         persona_mask=mask or [0] * len(ids),
     )
@@ -241,7 +247,8 @@ def _text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _reference(completion: str | list[dict[str, Any]]) -> str:
+def _reference(example: dict[str, Any], alone: dict[str, Any], tokenizer) -> str:
+    completion = example["completion"]
     if isinstance(completion, str):
         return completion
     if len(completion) != 1:
@@ -249,7 +256,12 @@ def _reference(completion: str | list[dict[str, Any]]) -> str:
             f"'completion' has {len(completion)} messages, and one prediction is compared with one. Keep the first answer and "
             "move what stands before it to 'prompt'."
         )
-    content = completion[0]["content"]
+    content = completion[0].get("content")
+    if not content:  # a tool is called: what the model would write for it
+        prompt = render_messages(alone, example["prompt"], tokenizer)
+        whole = render_messages(example, example["prompt"] + completion, tokenizer)
+        call = split_thought(whole[len(os.path.commonprefix([prompt, whole])) :]).answer
+        return _without_special_tokens(call, tokenizer).strip()
     return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 

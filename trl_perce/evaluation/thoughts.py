@@ -5,15 +5,14 @@
 import re
 from typing import NamedTuple
 
+from ..persona.thoughts import MARKERS, OPEN
 
-# How a thought begins and ends: Qwen, DeepSeek and others; Gemma 4, whose thought begins with its channel's name
-_MARKERS = (("<think>", "</think>"), ("<|channel>", "<channel|>"))
+
 # Harmony (gpt-oss): a message is in a channel, and only what is in "final" is the answer
 _HARMONY = re.compile(r"\s*(?:<\|start\|>\w+)?<\|channel\|>")
 _MESSAGE = re.compile(
     r"<\|channel\|>\s*(\w+)(?:(?!<\|message\|>).)*<\|message\|>(.*?)(?:<\|(?:end|return|call|start)\|>|\Z)", re.DOTALL
 )
-_OPEN = re.compile(r"(?:<think>|<\|channel>\w*|<\|channel\|>analysis<\|message\|>)\s*\Z")
 
 
 class Reply(NamedTuple):
@@ -54,13 +53,13 @@ def split_thought(text: str, is_open: bool = False) -> Reply:
     thoughts, rest = [], text.strip()
     while True:
         opening, closing = next(
-            ((opening, closing) for opening, closing in _MARKERS if rest.startswith(opening)), ("", "")
+            ((opening, closing) for opening, closing in MARKERS if rest.startswith(opening)), ("", "")
         )
         if not opening:
             closing = _first_closing(rest)
             if not closing and not (is_open and not thoughts):
                 return Reply("\n".join(thoughts) if thoughts else None, rest, False)
-        thought, end, behind = rest.removeprefix(opening).partition(closing or _MARKERS[0][1])
+        thought, end, behind = rest.removeprefix(opening).partition(closing or MARKERS[0][1])
         thoughts.append(thought.strip())
         if not end:
             return Reply("\n".join(thoughts), "", True)
@@ -74,11 +73,11 @@ def opens_thought(prompt: str) -> bool:
     Args:
         prompt (`str`): The prompt, or its end, special tokens included.
     """
-    return _OPEN.search(prompt) is not None
+    return OPEN.search(prompt) is not None
 
 
 def _first_closing(text: str) -> str:
     """The mark that closes a thought before any opens one; empty if there is none."""
-    found = [(text.find(mark), mark) for marks in _MARKERS for mark in marks if mark in text]
+    found = [(text.find(mark), mark) for marks in MARKERS for mark in marks if mark in text]
     first = min(found, default=(0, ""))[1]
-    return first if first in {closing for _, closing in _MARKERS} else ""
+    return first if first in {closing for _, closing in MARKERS} else ""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-`trl_perce.json`, beside a saved model or adapter: how its rows were cut to length and where their personas were, so that what uses it
+`trl_perce.json`, beside a saved model or adapter: how its rows were rendered and cut to length and where their personas were, so that what uses it
 later need not be told. (`training_args.bin`, which has the same, is a pickle, and loading one from the Hub would run its code.)
 """
 
@@ -25,6 +25,8 @@ _KEPT: dict[str, tuple[type, ...]] = {
     "truncate_persona": (bool,),
     "persona_start_marker": (str,),
     "persona_end_marker": (str,),
+    "chat_template_kwargs": (dict, type(None)),
+    "answer_only_loss": (bool,),
 }
 
 
@@ -47,9 +49,9 @@ def read_run_settings(name: str) -> dict[str, Any]:
         name (`str`): Folder or name on the Hub of a model or an adapter.
 
     Returns:
-        `dict[str, Any]`: `"max_length"`, `"truncate_persona"`, `"persona_start_marker"` and `"persona_end_marker"` of its training; empty
-            if there is no such file, which is so where it was trained with something else. Values of a wrong type are left out, with a
-            warning.
+        `dict[str, Any]`: `"max_length"`, `"truncate_persona"`, `"persona_start_marker"`, `"persona_end_marker"`,
+            `"chat_template_kwargs"` and `"answer_only_loss"` of its training; empty if there is no such file, which is so where it was trained with
+            something else. Values of a wrong type are left out, with a warning.
     """
     path = cached_file(
         name,

@@ -7,23 +7,37 @@ tokenization (`add_persona_mask`).
 
 import copy
 import json
+import re
 from collections.abc import Iterable
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset, List, Value
+from datasets import Dataset, Features, IterableDataset, Json, List, Value
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational, pack_dataset
-from trl.data_utils import get_dataset_column_names
+from trl.data_utils import common_prefix_length, get_dataset_column_names
 from trl.trainer.utils import global_then_local_main_first
 
 from .. import __version__
 from ..config import copy_config
-from .marks import PersonaError, Span, describe, find_near_markers, mark_persona, prompt_texts, render
-from .masks import TokenBytes, byte_mask, token_mask, trim_persona
+from .marks import (
+    PersonaError,
+    Span,
+    describe,
+    find_near_markers,
+    mark_persona,
+    persona_turns,
+    prompt_texts,
+    render,
+    render_messages,
+    response_texts,
+)
+from .masks import TokenBytes, mask_tokens, text_and_offsets, trim_persona
+from .parts import join_parts, takes_parts
 from .rows import suggest_columns
+from .thoughts import MARKERS, thought_end, writes_thoughts
 from .turns import Turns, assistant_spans, is_messages
 
 
@@ -39,8 +53,13 @@ _UNLABELLED = -3  # fits, but TRL drops it: no token of it is trained
 # Number of tokens, before anything is trimmed, that are not the assistant's; -1 where it cannot be told
 _OTHERS_COLUMN = "_others"
 
+# Columns that the chat template reads
+_CONVERSATIONAL = ("prompt", "completion", "messages", "tools", "chat_template_kwargs")
+
 # What is looked at ahead: a streaming dataset cannot be counted, so its first rows stand for it.
 _SAMPLE = 100
+# Tokens before a turn that may open its thought, and of a turn's beginning that hold a thought without a word
+_THOUGHT_OPENING, _EMPTY_THOUGHT = 16, 32
 # Rows that are read at a time
 _BATCH = 1000
 
@@ -52,7 +71,7 @@ def mark_dataset(dataset, name: str, args, formatting_func=None):
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Any dataset type of TRL's SFT.
         name (`str`): What to call it in messages, such as `"train"`.
-        args ([`PerCEConfig`]): Gives the markers and the text column.
+        args ([`PerCEConfig`]): Gives the markers, the text column and `chat_template_kwargs`.
         formatting_func (`Callable[[dict], str]`, *optional*): As in [`~trl.SFTTrainer`].
 
     Returns:
@@ -84,10 +103,39 @@ def mark_dataset(dataset, name: str, args, formatting_func=None):
             "start_marker": args.persona_start_marker,
             "end_marker": args.persona_end_marker,
             "assistant_only": args.assistant_only_loss is not False,
+            "template_kwargs": args.chat_template_kwargs,
         },
+        features=_marked_features(dataset, args, formatting_func) if isinstance(dataset, Dataset) else None,
         # `maybe_convert_to_chatml` renames it
         remove_columns=["conversations"] if "conversations" in columns else None,
     )
+
+
+def _marked_features(dataset: Dataset, args, formatting_func) -> Features | None:
+    """
+    Types of the marked columns, where something is nested in them: as JSON, in which each row keeps its own keys. `None` where Arrow's
+    own will do.
+    """
+    features = dataset.features.copy()
+    nested = [column for column in (*_CONVERSATIONAL, "conversations") if _is_nested(features.get(column))]
+    if not nested and not args.chat_template_kwargs:
+        return None
+    features |= {column: List(Json()) if isinstance(features[column], List) else Json() for column in nested}
+    if features.pop("conversations", None) is not None:  # which get other keys, too
+        features["messages"] = List(Json())
+    if args.chat_template_kwargs:
+        features["chat_template_kwargs"] = Json()
+    if formatting_func is not None:
+        features["text"] = Value("string")
+    features[SPANS_COLUMN] = Value("string")
+    return features
+
+
+def _is_nested(feature) -> bool:
+    """Whether a column holds more than text, or messages of more than texts."""
+    if isinstance(feature, List) and isinstance(feature.feature, dict):
+        return any(not isinstance(value, Value) for value in feature.feature.values())
+    return not isinstance(feature, Value | None)
 
 
 def count_personas(dataset, name: str, args, required: bool) -> int:
@@ -160,7 +208,7 @@ def has_persona(example: dict[str, Any]) -> bool:
     return example.get(SPANS_COLUMN, "[]") != "[]" or any(example.get("persona_mask") or ())
 
 
-def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, turns: Turns, text_field: str) -> None:
+def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, turns: Turns, args) -> None:
     """
     Render the first row with a persona, if it is among the first 100 rows, so that a chat template that loses it, or in which
     the assistant's turns cannot be told, is found before the model loads.
@@ -170,12 +218,14 @@ def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, turn
         name (`str`): What to call it in messages.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer with the chat template.
         turns ([`~trl_perce.persona.turns.Turns`]): How the trained tokens are told.
-        text_field (`str`): Column of a plain language-modeling row.
+        args ([`PerCEConfig`]): Gives the text column and `counterfactual`.
 
     Raises:
-        `PersonaError`: The chat template loses the persona, or the assistant's turns.
+        `PersonaError`: The chat template loses the persona, or the assistant's turns, or has no conversation without the turn that
+            `counterfactual="drop_turn"` leaves out.
     """
     by_prefix = turns.by == "prefix"
+    joins = _joins_parts(tokenizer, turns)
     for index, example in enumerate(islice(dataset, _SAMPLE)):
         spans = _spans(example)
         if spans and (turns.chat_template or tokenizer.chat_template) and not is_conversational(example):
@@ -183,14 +233,32 @@ def check_rendering(dataset, name: str, tokenizer: PreTrainedTokenizerBase, turn
                 f"{name} dataset: the texts are not messages, so the chat template is not applied. For a chat model, write "
                 '[{"role": "user", "content": …}].'
             )
+        unread = _unread_arguments(example, turns.chat_template or tokenizer.chat_template)
+        if unread:
+            logger.warning_once(f"{name} dataset: the chat template does not read {unread} of `chat_template_kwargs`.")
         if spans or (by_prefix and index == 0):
             with _naming_row(name, index):
-                render(example, spans, tokenizer, turns.chat_template, text_field)
+                spans = join_parts(example, spans) if joins else spans
+                render(example, spans, tokenizer, turns.chat_template, args.dataset_text_field)
+                # As TRL has it: a template may write another text where a persona's borders are in it
+                text, _ = render(example, [], tokenizer, turns.chat_template, args.dataset_text_field)
                 if by_prefix:
-                    text, _ = render(example, [], tokenizer, turns.chat_template, text_field)
                     assistant_spans(example, text, tokenizer, turns.chat_template)
+                if args.counterfactual == "drop_turn":
+                    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+                    _with_turn(example, spans, [0] * len(ids), ids, tokenizer, turns.chat_template)
         if spans:
             return
+
+
+def _unread_arguments(example: dict[str, Any], template: str | dict[str, str] | None) -> str:
+    names = example.get("chat_template_kwargs") or ()
+    return ", ".join(f"`{name}`" for name in names if not re.search(rf"\b{re.escape(name)}\b", str(template)))
+
+
+def _joins_parts(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> bool:
+    has_template = turns.chat_template or tokenizer.chat_template
+    return bool(has_template) and not takes_parts(tokenizer, turns.chat_template)
 
 
 def describe_rows(dataset, name: str, args):
@@ -220,7 +288,7 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, tur
         name (`str`): What to call it in messages.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer that TRL used.
         turns ([`~trl_perce.persona.turns.Turns`]): How the trained tokens are told, and the template that TRL used.
-        args ([`PerCEConfig`]): Gives `max_length`, `truncate_persona` and the text column.
+        args ([`PerCEConfig`]): Gives `max_length`, `truncate_persona`, `counterfactual` and the text column.
 
     Returns:
         `tuple`: The dataset with `persona_mask`, a list of 0 and 1 as long as `input_ids`, and whether every row is known to
@@ -254,6 +322,12 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, tur
             "max_length": args.max_length,
             "truncate_persona": args.truncate_persona,
             "keep_end": args.truncation_mode == "keep_end",
+            "drop_turn": args.counterfactual == "drop_turn",
+            "untrained_thoughts": "all"
+            if args.answer_only_loss
+            else "empty"
+            if writes_thoughts(turns.chat_template or tokenizer.chat_template)
+            else "none",
         },
         remove_columns=[SPANS_COLUMN] if SPANS_COLUMN in get_dataset_column_names(dataset) else None,
         features=features,
@@ -280,7 +354,7 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, tur
 
 def tokenize_with_mask(prepare, dataset, name: str, processing_class, tokenizer, turns: Turns, args):
     """
-    Let TRL tokenize a dataset and build its labels, then find the persona's tokens and trim it ([`add_persona_mask`]). What is
+    Let TRL tokenize a dataset and build its labels (where the chat template takes texts, parts of content are joined first), then find the persona's tokens and trim it ([`add_persona_mask`]). What is
     left to truncate is left to TRL.
 
     Args:
@@ -295,6 +369,11 @@ def tokenize_with_mask(prepare, dataset, name: str, processing_class, tokenizer,
     Returns:
         `tuple`: As [`add_persona_mask`].
     """
+    streaming = isinstance(dataset, IterableDataset)
+    if (streaming or any(_is_nested(dataset.features.get(column)) for column in _CONVERSATIONAL)) and _joins_parts(
+        tokenizer, turns
+    ):
+        dataset = _map(dataset, _join_row, args, f"Joining content parts of {name} dataset", {"name": name})
     whole = copy_config(args, max_length=None, shuffle_dataset=False, assistant_only_loss=turns.by == "marks")
     dataset = prepare(dataset, processing_class, whole, False, None, name)
     return add_persona_mask(dataset, name, tokenizer, turns, args)
@@ -414,7 +493,18 @@ def _spans(example: dict[str, Any]) -> list[Span]:
     return [Span(*span) for span in json.loads(example.get(SPANS_COLUMN, "[]"))]
 
 
-def _mark_row(example, index, version, name, formatting_func, text_field, start_marker, end_marker, assistant_only):
+def _mark_row(
+    example,
+    index,
+    version,
+    name,
+    formatting_func,
+    text_field,
+    start_marker,
+    end_marker,
+    assistant_only,
+    template_kwargs,
+):
     for column in {"prompt", "completion", "messages", "conversations"} & {*example}:
         # Marks are taken out in place, and a stream may hand out the same messages again
         example[column] = copy.deepcopy(example[column])
@@ -422,7 +512,7 @@ def _mark_row(example, index, version, name, formatting_func, text_field, start_
         if formatting_func is not None:
             # `SFTTrainer` writes the formatted text to this column
             example["text"] = formatting_func(example)
-        example, spans = mark_persona(example, text_field, start_marker, end_marker)
+        example, spans = mark_persona(example, text_field, start_marker, end_marker, template_kwargs)
         if assistant_only and is_messages(example):
             if not any(message["role"] == "assistant" for message in example["messages"]):
                 raise PersonaError(
@@ -431,6 +521,12 @@ def _mark_row(example, index, version, name, formatting_func, text_field, start_
                 )
     # The row itself: what was not read of it passes on as it is
     example[SPANS_COLUMN] = json.dumps(spans)
+    return example
+
+
+def _join_row(example, index, version, name):
+    with _naming_row(name, index):
+        example[SPANS_COLUMN] = json.dumps(join_parts(example, _spans(example)))
     return example
 
 
@@ -454,6 +550,8 @@ def _mask_row(
     max_length,
     truncate_persona,
     keep_end,
+    drop_turn,
+    untrained_thoughts,
 ) -> dict[str, Any]:
     ids, labels = example["input_ids"], example["labels"]
     spans, text = _spans(example), None
@@ -464,7 +562,9 @@ def _mask_row(
         else:
             mask = example.get("persona_mask") or [0] * len(ids)
             _check_mask(mask, ids)
-        row: dict[str, Any] = {"persona_mask": mask}
+        # What leaves in the counterfactual pass. Trimmed is the persona alone.
+        leaving = _with_turn(example, spans, mask, ids, tokenizer, chat_template) if drop_turn and spans else mask
+        row: dict[str, Any] = {"persona_mask": leaving}
         if turns in ("prefix", "all"):
             try:
                 text = text or render(example, [], tokenizer, chat_template, text_field)[0]
@@ -480,35 +580,84 @@ def _mask_row(
                     raise
                 row[_OTHERS_COLUMN] = -1  # they are only counted
 
+    if SPANS_COLUMN in example and turns != "all" and untrained_thoughts != "none" and is_conversational(example):
+        row["labels"] = labels = _without_thoughts(example, ids, labels, token_bytes, untrained_thoughts == "empty")
+
     trimmed = 0
     if max_length is not None and len(ids) > max_length:
         if not truncate_persona or not any(mask):
             # TRL truncates `input_ids` and `labels` next, in the same way
             return {
                 **row,
-                "persona_mask": mask[-max_length:] if keep_end else mask[:max_length],
+                "persona_mask": leaving[-max_length:] if keep_end else leaving[:max_length],
                 _TRIMMED_COLUMN: _CUT,
             }
         keep = trim_persona(mask, max_length)
         if len(keep) > max_length:
             return {**row, _TRIMMED_COLUMN: _LEFT_OUT}
-        columns = {"input_ids": ids, "labels": labels, "persona_mask": mask}
+        if not any(mask[position] for position in keep):
+            leaving = mask
+        columns = {"input_ids": ids, "labels": labels, "persona_mask": leaving}
         row |= {key: [column[position] for position in keep] for key, column in columns.items()}
         trimmed = len(ids) - len(keep)
     is_labelled = any(label != -100 for label in row.get("labels", labels))
     return {**row, _TRIMMED_COLUMN: trimmed if is_labelled else _UNLABELLED}
 
 
+def _without_thoughts(
+    example: dict[str, Any], ids: list[int], labels: list[int], token_bytes: TokenBytes, empty_only: bool
+) -> list[int]:
+    """The labels, and -100 on the thoughts that trained turns begin with; if `empty_only`, on those that the template has added."""
+    if empty_only and any(mark in text for text in response_texts(example) for _, mark in MARKERS):
+        return labels  # which are somebody's own
+    labels, position = [*labels], 0
+    for is_trained, run in groupby(labels, lambda label: label != -100):
+        first, position = position, position + len([*run])
+        if not is_trained:
+            continue
+        begin = max(first - _THOUGHT_OPENING, 0)
+        end = min(position, first + _EMPTY_THOUGHT) if empty_only else position
+        text, offsets = text_and_offsets([token_bytes[token] for token in ids[begin:end]])
+        start = offsets[first - begin][0]
+        thought = thought_end(text, start, empty_only)
+        for index, (_, behind) in enumerate(offsets[first - begin :], first):
+            if start < behind <= thought:
+                labels[index] = -100
+    return labels
+
+
 def _tokens_in(
     char_spans: list[tuple[int, int]], text: str, ids: list[int], tokenizer, token_bytes: TokenBytes, chat: bool
 ) -> list[int]:
     """For each token of a text 1, where it holds a character of a span, or 0."""
-    mask = byte_mask([token_bytes[token] for token in ids], text, char_spans)
-    if mask is None:  # the tokenizer adds, changes or leaves out characters: ask it where its tokens are
-        encoded = tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=True)
-        _check_same_tokens(encoded["input_ids"], ids, tokenizer)
-        mask = token_mask(encoded["offset_mapping"], char_spans)
+    mask = mask_tokens(ids, text, char_spans, token_bytes)
+    if mask is None:
+        raise _other_tokens(tokenizer(text, add_special_tokens=not chat)["input_ids"], ids, tokenizer)
     return mask
+
+
+def _with_turn(
+    example: dict[str, Any], spans: list[Span], mask: list[int], ids: list[int], tokenizer, chat_template: str | None
+) -> list[int]:
+    """The mask, and 1 on all tokens of system messages that are personas and nothing else."""
+    turns = persona_turns(example, spans)
+    if not turns:
+        return mask
+    columns = ("prompt", "completion") if "prompt" in example else ("messages",)
+    kept = [
+        message for column in columns for index, message in enumerate(example[column]) if (column, index) not in turns
+    ]
+    text = render_messages(example, kept, tokenizer, chat_template)
+    without = tokenizer(text, add_special_tokens=False)["input_ids"]
+    first, shorter = common_prefix_length(ids, without), len(ids) - len(without)
+    if ids[:first] + ids[first + max(shorter, 0) :] != without:
+        last = common_prefix_length(ids[:first:-1], without[:first:-1])
+        raise PersonaError(
+            "`counterfactual='drop_turn'`: where the system message is left out, the chat template writes other text "
+            f"({tokenizer.decode(without[first : len(without) - last])!r}). Set it to 'drop', or write that text in front of the "
+            "persona, in the system message."
+        )
+    return [int(own or first <= position < first + shorter) for position, own in enumerate(mask)]
 
 
 def _check_mask(mask: list[int], ids: list[int]) -> None:
@@ -519,13 +668,11 @@ def _check_mask(mask: list[int], ids: list[int]) -> None:
         )
 
 
-def _check_same_tokens(ids: list[int], trl_ids: list[int], tokenizer) -> None:
-    if ids == trl_ids:
-        return
+def _other_tokens(ids: list[int], trl_ids: list[int], tokenizer) -> PersonaError:
     first = next(
         (i for i, (a, b) in enumerate(zip(ids, trl_ids, strict=False)) if a != b), min(len(ids), len(trl_ids))
     )
-    raise PersonaError(
+    return PersonaError(
         f"the persona cannot be aligned: the row's text gives other tokens than TRL's tokenization, from token {first} on "
         f"({tokenizer.decode(ids[first : first + 5])!r} instead of {tokenizer.decode(trl_ids[first : first + 5])!r}). The "
         "chat template renders a message differently when its text changes (it cuts or rewrites it). Use another chat "

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational, maybe_convert_to_chatml
+from trl.trainer.utils import remove_none_values
 
 from .rows import suggest_columns
 
@@ -123,6 +124,7 @@ def mark_persona(
     text_field: str = "text",
     start_marker: str = "<persona>",
     end_marker: str = "</persona>",
+    template_kwargs: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], list[Span]]:
     """
     Find the persona in a row that is not yet tokenized: between markers, or in the column `persona`, whose text takes
@@ -133,16 +135,21 @@ def mark_persona(
         text_field (`str`, *optional*, defaults to `"text"`): Column of a plain language-modeling row.
         start_marker (`str`, *optional*, defaults to `"<persona>"`): Text that opens a persona.
         end_marker (`str`, *optional*, defaults to `"</persona>"`): Text that closes it.
+        template_kwargs (`dict[str, Any]`, *optional*): Arguments of the chat template. Those in the row's own column
+            `chat_template_kwargs` go first, key by key.
 
     Returns:
-        `tuple[dict[str, Any], list[Span]]`: The row as TRL shall see it (ChatML and its roles, marks taken out, persona filled in),
-        and its personas in order. A persona of white space alone is none.
+        `tuple[dict[str, Any], list[Span]]`: The row as TRL shall see it (ChatML and its roles, marks taken out, persona filled in,
+        no keys without a value in messages, tools and arguments of the template), and its personas in order. A persona of
+        white space alone is none.
 
     Raises:
         `PersonaError`: The row says neither clearly that it has a persona nor that it has none, or a message's role is
             unknown.
     """
     example = maybe_convert_to_chatml(example)
+    _remove_none(example)
+    _merge_template_kwargs(example, template_kwargs)
     _name_roles(example)
     persona = example.get("persona")
     if isinstance(persona, float) and math.isnan(persona):  # pandas' way to say that there is none
@@ -271,9 +278,28 @@ def _says_something(turn: str | list[dict[str, Any]]) -> bool:
     return any(
         bool(message["content"].strip())
         if isinstance(message.get("content"), str)
-        else any(part.get("type") != "text" or (part.get("text") or "").strip() for part in message["content"] or ())
+        else any(
+            part.get("type") != "text" or (part.get("text") or "").strip() for part in message.get("content") or ()
+        )
         for message in turn
     ) or any(message.get(key) for message in turn for key in ("tool_calls", "reasoning_content", "thinking"))
+
+
+def _remove_none(example: dict[str, Any]) -> None:
+    """Arrow gives all tool calls of a table the arguments of each, without a value. The template would write them as null."""
+    for column in ("prompt", "completion", "messages", "tools"):
+        if isinstance(example.get(column), list):
+            example[column] = remove_none_values(example[column])
+
+
+def _merge_template_kwargs(example: dict[str, Any], shared: dict[str, Any] | None) -> None:
+    own = example.get("chat_template_kwargs")
+    if not isinstance(own, dict | None):
+        raise PersonaError(
+            f"column 'chat_template_kwargs' holds a {type(own).__name__}. Write an object, such as {{\"enable_thinking\": false}}."
+        )
+    if shared or "chat_template_kwargs" in example:  # TRL takes no `None` there
+        example["chat_template_kwargs"] = {**(shared or {}), **remove_none_values(own or {})}
 
 
 def _name_roles(example: dict[str, Any]) -> None:
@@ -324,6 +350,11 @@ def _texts(
 def prompt_texts(example: dict[str, Any], text_field: str) -> list[str]:
     """The texts of a row that are not of its response."""
     return [holder[key] for holder, key, _, is_response in _texts(example, text_field) if not is_response]
+
+
+def response_texts(example: dict[str, Any], text_field: str = "text") -> list[str]:
+    """The texts of a row's responses."""
+    return [holder[key] for holder, key, _, is_response in _texts(example, text_field) if is_response]
 
 
 def render(
@@ -432,6 +463,33 @@ def render_messages(
         raise PersonaError(f"the chat template does not take this conversation: {error}") from error
 
 
+def persona_turns(example: dict[str, Any], spans: list[Span]) -> list[tuple[str, int]]:
+    """
+    The system messages that hold a persona and, but for white space, nothing else.
+
+    Args:
+        example (`dict[str, Any]`): A row from [`mark_persona`].
+        spans (`list[Span]`): Its personas.
+
+    Returns:
+        `list[tuple[str, int]]`: Column and index of each.
+    """
+    found = []
+    for column, index in dict.fromkeys((span.column, span.message) for span in spans):
+        if index is None or example[column][index]["role"] not in ("system", "developer"):
+            continue
+        texts = [(holder[key], where) for holder, key, where, _ in _texts(example, "") if where[:2] == (column, index)]
+        if not "".join(piece for text, where in texts for piece in _outside(text, spans, where)).strip():
+            found.append((column, index))
+    return found
+
+
+def _outside(text: str, spans: list[Span], where: tuple[str, int | None, int | None]) -> list[str]:
+    """The pieces of a text around its personas."""
+    borders = [0, *(border for span in spans if span[:3] == where for border in span[3:]), len(text)]
+    return [text[start:end] for start, end in zip(borders[::2], borders[1::2], strict=True)]
+
+
 def _role(example: dict[str, Any], span: Span) -> str:
     return repr(span.column if span.message is None else example[span.column][span.message]["role"])
 
@@ -451,13 +509,11 @@ def describe(example: dict[str, Any], spans: list[Span], text_field: str = "text
     """
     personas, query, before = [], "", ""
     for holder, key, where, is_response in _texts(example, text_field):
-        own = [(span.start, span.end) for span in spans if span[:3] == where]
-        personas += [holder[key][start:end] for start, end in own]
+        personas += [holder[key][span.start : span.end] for span in spans if span[:3] == where]
         if is_response:
             query = before
         else:
-            borders = [0, *(border for span in own for border in span), len(holder[key])]
-            before = "…".join(holder[key][start:end] for start, end in zip(borders[::2], borders[1::2], strict=True))
+            before = "…".join(_outside(holder[key], spans, where))
     return "\n\n".join(personas), re.sub(r"\s*\n\s*", "\n", query.strip())
 
 

@@ -2,13 +2,17 @@
 
 """Which of a row's tokens are the persona's: character spans → one token mask (`persona_mask`), and what is done with it."""
 
+import copy
 import re
 from bisect import bisect_left, bisect_right
+from functools import cached_property
 from itertools import accumulate, groupby
 from operator import itemgetter
 
-from tokenizers import decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase
+
+from .marks import PersonaError
 
 
 # The character that stands for each byte in a byte-level vocabulary: printable ones for themselves, then from U+0100 on
@@ -21,21 +25,18 @@ def token_mask(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> 
     """
     The tokens that hold at least one character of a span.
 
-    A token whose text reaches over a span's border counts as inside: no part of a persona stays in the context. Where a
-    tokenizer leaves white space out of its offsets (`trim_offsets`), it belongs to the token behind it.
+    A token whose text reaches over a span's border counts as inside: no part of a persona stays in the context.
 
     Args:
-        offsets (`list[tuple[int, int]]`): Half-open character span of each token, in order.
+        offsets (`list[tuple[int, int]]`): Half-open character span of each token, in order, white space that is a part of it
+            included.
         spans (`list[tuple[int, int]]`): Half-open character spans, in order.
 
     Returns:
         `list[int]`: For each token 1 (inside of a span) or 0.
     """
-    mask, previous_end, first = [], 0, 0
+    mask, first = [], 0
     for start, end in offsets:
-        if end > previous_end:
-            start = min(start, previous_end)
-            previous_end = end
         while first < len(spans) and spans[first][1] <= start:
             first += 1
         mask.append(int(first < len(spans) and spans[first][0] < end and start < end))
@@ -49,13 +50,44 @@ class TokenBytes(dict):
     [`byte_mask`] notices.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A fast tokenizer.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A fast tokenizer, where anything is asked for.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         self.tokenizer = tokenizer
-        self.byte_level = isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
+
+    @cached_property
+    def byte_level(self) -> bool:
+        return isinstance(self.tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
+
+    @cached_property
+    def _backend(self) -> Tokenizer:
+        """Without its last step, which adds tokens, and may take white space off the offsets (`trim_offsets`)."""
+        backend = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        backend.post_processor = processors.Sequence([])
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+    def offsets(self, text: str, ids: list[int]) -> list[tuple[int, int]] | None:
+        """
+        Where a text's tokens are in it, told by the tokenizer.
+
+        Args:
+            text (`str`): The text.
+            ids (`list[int]`): Its tokens, those that the tokenizer adds at both ends included, if any.
+
+        Returns:
+            `list[tuple[int, int]]` or `None`: Half-open character span of each token, empty of those that are added; `None` if the
+            text has other tokens.
+        """
+        own = self._backend.encode(text, add_special_tokens=False)
+        for before in range(len(ids) - len(own.ids) + 1):
+            behind = len(ids) - len(own.ids) - before
+            if ids[before : len(ids) - behind] == own.ids:
+                return [(0, 0)] * before + own.offsets + [(0, 0)] * behind
+        return None
 
     def __missing__(self, token_id: int) -> bytes:
         token = self.tokenizer.convert_ids_to_tokens(token_id) or ""
@@ -92,6 +124,39 @@ def byte_mask(pieces: list[bytes], text: str, spans: list[tuple[int, int]]) -> l
         start, end = (len(text[:character].encode()) for character in (start, end))
         first, last = bisect_right(ends, start), bisect_left(ends, end)
         mask[first : last + 1] = [1] * (last + 1 - first)
+    return mask
+
+
+def mask_tokens(ids: list[int], text: str, spans: list[tuple[int, int]], token_bytes: TokenBytes) -> list[int] | None:
+    """
+    [`token_mask`] of a text's tokens, wherever it can be had from.
+
+    Args:
+        ids (`list[int]`): Tokens of the text.
+        text (`str`): The text.
+        spans (`list[tuple[int, int]]`): Half-open character spans in it, in order, none of them empty.
+        token_bytes ([`TokenBytes`]): Of the tokenizer.
+
+    Returns:
+        `list[int]` or `None`: For each token 1 (inside of a span) or 0; `None` if the text has other tokens.
+
+    Raises:
+        `PersonaError`: The tokenizer has one unknown token for a word of which a part is in a span and a part is not.
+    """
+    mask = byte_mask([token_bytes[token] for token in ids], text, spans)
+    if mask is not None:
+        return mask
+    # The tokenizer adds, changes or leaves out characters: ask it where its tokens are
+    offsets = token_bytes.offsets(text, ids)
+    if offsets is None:
+        return None
+    mask, unknown = token_mask(offsets, spans), token_bytes.tokenizer.unk_token_id
+    for token, (start, end), is_inside in zip(ids, offsets, mask, strict=True):
+        if token == unknown and is_inside and not any(first <= start and end <= last for first, last in spans):
+            raise PersonaError(
+                f"the tokenizer knows no part of {text[start:end]!r}, of which a part is the persona's and a part is not: both would "
+                "be taken away together. Write a space between them."
+            )
     return mask
 
 

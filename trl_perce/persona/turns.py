@@ -2,6 +2,9 @@
 
 """Who speaks in a conversation: the roles of other formats, and which part of the text is the assistant's."""
 
+import json
+import re
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -10,6 +13,10 @@ from trl import is_conversational
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from .marks import PersonaError, render_messages
+
+
+# A call of Transformers' function in a chat template, and the date's format
+_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 class Turns(NamedTuple):
@@ -25,7 +32,8 @@ class Turns(NamedTuple):
             - `"all"`: every token is trained, as `assistant_only_loss=False` asks for; those that are not the assistant's
               are counted.
 
-        chat_template (`str` or `None`): Template to render the rows with, `None` for the tokenizer's own.
+        chat_template (`str` or `None`): Template to render the rows with, `None` for the tokenizer's own. A template that asks for
+            the date has that of today in it: tokens and text of a row may be made on different days, some of them out of the cache.
     """
 
     by: str
@@ -53,6 +61,15 @@ def choose_turns(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, assist
         `ValueError`: `assistant_only_loss` is `True` and the rows are not conversations, or have a completion and a chat
             template without marks.
     """
+    turns = _choose(row, tokenizer, assistant_only_loss)
+    template = turns.chat_template or tokenizer.chat_template
+    if not isinstance(template, str) or not _DATE.search(template):
+        return turns
+    today = datetime.now()
+    return turns._replace(chat_template=_DATE.sub(lambda call: json.dumps(today.strftime(call[2])), template))
+
+
+def _choose(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, assistant_only_loss: bool | None) -> Turns:
     messages = is_messages(row)
     if "input_ids" in row or (not messages and not assistant_only_loss):
         return Turns("trl")

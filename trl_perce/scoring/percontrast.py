@@ -376,10 +376,16 @@ def _to_dataset(rows: Iterable[dict[str, Any]]) -> Dataset:
         raise PersonaError(find_bad_row(rows))
     # `Dataset.from_list` takes the columns of the first row alone
     columns = dict.fromkeys(column for row in rows for column in row)
+    table = {column: [row.get(column) for row in rows] for column in columns}
     try:
-        return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
+        return Dataset.from_dict(table)
     except (UnicodeEncodeError, pa.ArrowException) as error:
-        raise PersonaError(find_bad_row(rows) or f"The rows do not make a table: {error}") from error
+        problem = find_bad_row(rows)
+        if problem is not None:
+            raise PersonaError(problem) from error
+        return Dataset.from_dict(
+            table, on_mixed_types="use_json"
+        )  # an argument of tools is a number here and a text there
 
 
 @contextmanager

@@ -119,7 +119,7 @@ class Preparation:
         if needs_persona:
             count_personas(dataset, name, args, required=True)
         turns = choose_turns(next(iter(dataset)), self.tokenizer, args.assistant_only_loss)
-        check_rendering(dataset, name, self.tokenizer, turns, args.dataset_text_field)
+        check_rendering(dataset, name, self.tokenizer, turns, args)
         dataset = dataset.map(note, with_indices=True) if streaming else dataset
         dataset = describe_rows(dataset, name, args)
 

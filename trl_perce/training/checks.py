@@ -13,8 +13,9 @@ from accelerate.logging import get_logger
 from datasets import DatasetDict, IterableDatasetDict
 from peft import PeftModel, PromptLearningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.tokenization_mistral_common import MistralCommonBackend
 from trl.trainer.utils import get_config_model_id
 
 from ..config import PerCEConfig
@@ -171,21 +172,23 @@ def is_prepared_by_trl(train_dataset, args: PerCEConfig) -> bool:
 def load_processor(model, args: PerCEConfig):
     """
     The tokenizer of the run, or the processor of a multimodal model, loaded as `SFTTrainer` would once it has the model. Where a processor
-    cannot be loaded, since it is not there or a package is missing, its tokenizer is all that text needs.
+    cannot be loaded, since it is not there or a package is missing, its tokenizer is all that text needs. Of Mistral's own tokenizer
+    (mistral-common), which does not tell where its tokens are in a text, Hugging Face's takes the place.
     """
     by_name = isinstance(model, str)
     name = model if by_name else get_config_model_id(model.config)
-    kwargs = {
-        "revision": (args.model_init_kwargs or {}).get("revision") if by_name else None,
-        "trust_remote_code": args.trust_remote_code,
-    }
+    revision = (args.model_init_kwargs or {}).get("revision") if by_name else None
+    kwargs = {"revision": revision, "trust_remote_code": args.trust_remote_code}
     try:
-        return AutoProcessor.from_pretrained(name, **kwargs)
+        processor = AutoProcessor.from_pretrained(name, **kwargs)
     except (ImportError, OSError, ValueError) as error:
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
         reason = next(line.strip() for line in str(error).splitlines() if line.strip())
         logger.warning(f"The tokenizer alone is used, and saved, without the processor:\n{reason}")
         return tokenizer
+    if isinstance(processor, MistralCommonBackend):
+        return _load_instead_of_mistrals(name, revision) or processor
+    return processor
 
 
 def load_tokenizer(model, args: PerCEConfig, processing_class):
@@ -196,12 +199,26 @@ def load_tokenizer(model, args: PerCEConfig, processing_class):
         tokenizer = processing_class.tokenizer
         tokenizer.chat_template = tokenizer.chat_template or processing_class.chat_template
         processing_class = tokenizer
-    if not processing_class.is_fast:
+    if not getattr(processing_class, "is_fast", False):  # which Mistral's has not
         raise ValueError(
             f"The tokenizer ({type(processing_class).__name__}) gives no character offsets, without which the persona's "
-            "tokens cannot be told. Use a fast tokenizer (one that is backed by the `tokenizers` library)."
+            "tokens cannot be told. Use a fast tokenizer (one that is backed by the `tokenizers` library)"
+            + (
+                ": `PreTrainedTokenizerFast.from_pretrained(name)`, of a model with 'tokenizer.json'."
+                if isinstance(processing_class, MistralCommonBackend)
+                else "."
+            )
         )
     return processing_class
+
+
+def _load_instead_of_mistrals(name: str, revision: str | None) -> PreTrainedTokenizerFast | None:
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
+    except (OSError, ValueError):  # no 'tokenizer.json'
+        return None
+    logger.warning(f"{name}: Hugging Face's tokenizer is used instead of Mistral's own (mistral-common).")
+    return tokenizer
 
 
 def chat_template(args: PerCEConfig) -> str | None:
