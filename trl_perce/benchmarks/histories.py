@@ -13,7 +13,8 @@ A folder holds `train.jsonl` and `test.jsonl`, and `validation.jsonl` where ther
 - `posts`: an author, `{"posts": [{"forum", "post"}, …]}`: likewise; the query gives the post's first ten words.
 - `chats`: a conversation, `{"user_2_persona": [sentence, …], "conversation": [{"user": 1 or 2, "text"}, …]}`. Replies of the
   second user become responses, that user's sentences are the history.
-- `preferences`: a question of someone with a preference, `{"preference", "question", "response"}`. The preference is the history.
+- `preferences`: a question of someone with a preference, `{"preference", "question", "response"}`. The preference is the history. With `options` and
+  `answer`, the index of the right one, `trl-perce evaluate` also says which one the model chooses.
 
 Users are told apart by `user`, `reviewer` or `author`, or by the persona or preference itself; else each record is a user.
 
@@ -202,6 +203,8 @@ def _to_row(row: dict[str, Any]) -> HistoryRow:
         history=tuple(row["history"]),
         search=row["search"],
         time=row.get("time"),
+        options=None if row.get("options") is None else tuple(row["options"]),
+        answer=row.get("answer"),
     )
 
 
@@ -324,6 +327,7 @@ def _preference_rows(record: dict[str, Any], number: int, user: str, turns: int)
         "response": record["response"],
         "history": [HistoryEntry(record["preference"], record["preference"])],
         "search": record["question"],
+        **{name: record[name] for name in ("options", "answer") if record.get(name) is not None},
     }
 
 

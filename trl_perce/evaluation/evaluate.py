@@ -37,6 +37,7 @@ from .arguments import EvaluationArguments, GenerationArguments
 from .generate import TransformersGenerator, VLLMGenerator, import_vllm
 from .likelihood import likelihood_values, score_swapped, token_likelihoods
 from .metrics import text_metrics
+from .options import option_rows, option_values
 from .predictions import make_prompts, other_rows
 from .report import write_report
 from .results import compare, read_baseline, summarise
@@ -115,6 +116,7 @@ class Evaluation:
         self.is_main = PartialState().is_main_process
         self.folder, self.say = Path(folder), say if self.is_main else _say_nothing
         self.rows = [*rows]
+        self.options_to_score = option_rows(self.rows)
         self.model, self.base, self.adapter = model, None, None
         if isinstance(model, str):
             self.base, self.adapter = find_adapter(model, adapter)
@@ -197,7 +199,8 @@ class Evaluation:
 
     def _open_files(self) -> None:
         folder = self.folder
-        parts = {"scores": folder / "scores", "reference": folder / "reference", "swapped": folder / "scores_swapped"}
+        parts = {"scores": folder / "scores", "reference": folder / "reference"}
+        parts |= {name: folder / f"scores_{name}" for name in ("swapped", "options")}
         if self.options.overwrite:
             for own in (folder, folder / "swapped"):
                 remove_rows(own, PREDICTIONS)
@@ -214,6 +217,8 @@ class Evaluation:
             self.swapped_file = RowFile(folder / "swapped", PREDICTIONS, shared | generation | {"swap_persona": True})
         is_adapter = self.adapter is not None or isinstance(self.model, PeftModel)
         names = (["scores"] if self.options.likelihood else []) + (["swapped"] if self._scores_swapped else [])
+        if self.options.likelihood and self.options_to_score:
+            names.append("options")
         if self.options.likelihood and is_adapter and self.options.reference_scores is None:
             names.append("reference")
         self.score_files = {name: ScoreFile(parts[name], scoring | {"scored": name}) for name in names}
@@ -317,7 +322,8 @@ class Evaluation:
             reference, self.personal_by = by_name["reference"], "the base model, without its adapter"
         else:
             reference, self.personal_by = scores, "the evaluated model itself"
-        return likelihood_values(token_likelihoods(scores, reference, by_name.get("swapped")))
+        values = likelihood_values(token_likelihoods(scores, reference, by_name.get("swapped")))
+        return values | (option_values(self.rows, by_name["options"]) if "options" in by_name else {})
 
     def _scores(self, name: str) -> list[TokenScores]:
         file = self.score_files[name]
@@ -326,7 +332,8 @@ class Evaluation:
             # Another's persona takes the place of a row's own, whose turn stays
             args = copy_config(self.args, counterfactual="drop") if name == "swapped" else self.args
             scorer = PerContrast(model, self.tokenizer, args)
-            prepared, done, started = scorer.prepare(self.rows), frozenset(file.done), time.time()
+            rows = self.options_to_score if name == "options" else self.rows
+            prepared, done, started = scorer.prepare(rows), frozenset(file.done), time.time()
             share = file.share()
             if name == "reference":
                 with model.disable_adapter():

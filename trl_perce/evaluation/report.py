@@ -30,6 +30,9 @@ NOTES = {
     "pir/other": "nats the persona adds to any other token",
     "personal_fraction": "share of personal tokens",
     "own_personal_fraction": "share that this model finds personal",
+    "options/likelihood": "share of rows whose right option is the likeliest",
+    "options/pir": "share whose right option gains the most from the persona",
+    "options/pir_margin": "nats the right option gains over the mean option",
 }
 
 

@@ -49,6 +49,8 @@ class HistoryRow:
         history (`tuple[HistoryEntry, ...]`): In the order of the source, oldest first where it has one.
         search (`str`): What retrieval compares with the entries.
         time (`float`, *optional*): When the response was written. Entries that are not earlier are never retrieved.
+        options (`tuple[str, ...]`, *optional*): Responses to choose from, and
+        answer (`int`, *optional*): the index of the one that is right for the user.
 
     Raises:
         `ValueError`: `{persona}` does not stand in the prompt exactly once, or the response is empty.
@@ -61,6 +63,8 @@ class HistoryRow:
     history: tuple[HistoryEntry, ...]
     search: str
     time: float | None = None
+    options: tuple[str, ...] | None = None
+    answer: int | None = None
 
     def __post_init__(self):
         count = sum(message["content"].count(PLACEHOLDER) for message in self.prompt)
@@ -101,14 +105,17 @@ def to_example(row: HistoryRow, entries: Sequence[HistoryEntry]) -> dict[str, An
         entries (`Sequence[HistoryEntry]`): What was retrieved of its history, in the order of the prompt.
 
     Returns:
-        `dict[str, Any]`: `id`, `user`, `persona` (the entries, a blank line between them), `prompt`, `completion`.
+        `dict[str, Any]`: `id`, `user`, `persona` (the entries, a blank line between them), `prompt`, `completion`, and `options` and
+            `answer` where the row has them.
     """
+    chosen = {} if row.options is None else {"options": [*row.options], "answer": row.answer}
     return {
         "id": row.id,
         "user": row.user,
         "persona": "\n\n".join(entry.text for entry in entries),
         "prompt": [dict(message) for message in row.prompt],
         "completion": [{"role": "assistant", "content": row.response}],
+        **chosen,
     }
 
 

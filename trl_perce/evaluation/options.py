@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Preference following by likelihood: of several continuations of a prompt, which one does the model find likeliest, and which one gains
+the most from the persona? No judge is needed.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..persona.marks import PersonaError
+from ..scoring.scores import TokenScores
+
+
+def has_options(row: dict[str, Any]) -> bool:
+    """Whether a row has options to choose from: a list `options`, and `answer`, the index of the right one."""
+    return row.get("options") is not None and row.get("answer") is not None
+
+
+def option_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    Rows to score: each option of each row that has some, in the place of its response.
+
+    Args:
+        rows (iterable of `dict`): Rows with `prompt` and `completion`. Those with options have `options` (`list[str]`, two or more) and
+            `answer` (`int`, the index of the option that is right for the user).
+
+    Returns:
+        `list[dict[str, Any]]`: Row after row, option after option.
+
+    Raises:
+        `PersonaError`: Options that cannot be scored; the message names the row.
+    """
+    scored = []
+    for index, row in enumerate(rows):
+        if not has_options(row):
+            continue
+        options, answer = row["options"], row["answer"]
+        if not isinstance(options, (list, tuple)) or len(options) < 2:
+            raise PersonaError(
+                f"row {index}: 'options' is {options!r}. Write a list of two or more texts, or leave it out."
+            )
+        for option in options:
+            if not isinstance(option, str) or not option.strip():
+                raise PersonaError(f"row {index}: 'options' holds {option!r}. Write texts that are not empty.")
+        if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(options):
+            raise PersonaError(
+                f"row {index}: 'answer' is {answer!r}. Write the index of the right option, 0 to {len(options) - 1}."
+            )
+        rest = {name: value for name, value in row.items() if name not in ("options", "answer")}
+        is_chat = isinstance(row["completion"], list)
+        for option in options:
+            completion: Any = (
+                [{"role": "assistant", "content": option}] if is_chat else _like(row["completion"], option)
+            )
+            scored.append({**rest, "completion": completion})
+    return scored
+
+
+def _like(response: str, option: str) -> str:
+    """The option with the space or line break that responses of the data begin with."""
+    return response[: len(response) - len(response.lstrip())] + option
+
+
+def option_values(rows: Sequence[dict[str, Any]], scores: Sequence[TokenScores]) -> dict[str, np.ndarray]:
+    """
+    Which option a model chooses.
+
+    Args:
+        rows (`Sequence[dict]`): All `R` rows that were evaluated.
+        scores (`Sequence[TokenScores]`): Of [`option_rows`] of them, in order.
+
+    Returns:
+        `dict[str, np.ndarray]`: Arrays of shape `(R,)`, NaN where a row has no options, one of them was left out, or, for the two of
+            PIR, there is no persona: `options/likelihood` (1 where the right option has the highest mean log-likelihood a token, a share
+            of 1 where it has it together with others, else 0), `options/pir` (the same for the sum of PIR over the option's tokens) and
+            `options/pir_margin` (that sum for the right option less its mean over all options, in nats).
+    """
+    values = {name: np.full(len(rows), np.nan) for name in ("options/likelihood", "options/pir", "options/pir_margin")}
+    position = 0
+    for index, row in enumerate(rows):
+        if not has_options(row):
+            continue
+        own = scores[position : position + len(row["options"])]
+        position += len(own)
+        if any(option.skipped is not None for option in own):
+            continue
+        answer = row["answer"]
+        values["options/likelihood"][index] = _chosen(
+            [option.log_probs.mean(dtype=np.float64) for option in own], answer
+        )
+        gains = [option.pir.sum(dtype=np.float64) for option in own]
+        if np.isfinite(gains).all():
+            values["options/pir"][index] = _chosen(gains, answer)
+            values["options/pir_margin"][index] = gains[answer] - np.mean(gains)
+    return values
+
+
+def _chosen(values: Sequence[float], answer: int) -> float:
+    best = np.flatnonzero(np.asarray(values) == max(values))
+    return float(answer in best) / len(best)
