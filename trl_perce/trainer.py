@@ -7,7 +7,6 @@ import dataclasses
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -50,6 +49,7 @@ from .training.weighting import (
     perce_weights,
     personal_influence_ratio,
 )
+from .utils.screen import get_logger
 
 
 logger = get_logger(__name__)

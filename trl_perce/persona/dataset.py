@@ -12,7 +12,6 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational, pack_dataset
@@ -21,6 +20,7 @@ from trl.trainer.utils import global_then_local_main_first
 
 from .. import __version__
 from ..config import copy_config
+from ..utils.screen import get_logger
 from .marks import PersonaError, Span, describe, find_near_markers, mark_persona, prompt_texts, render
 from .masks import TokenBytes, byte_mask, token_mask, trim_persona
 from .rows import suggest_columns
