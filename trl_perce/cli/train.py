@@ -169,6 +169,9 @@ def main(script_args, training_args, model_args, dataset_args):
             f"Resuming from {checkpoint}." if checkpoint else "No checkpoint yet: starting anew.",
             sep="\n",
         )
+    trainer.card_dataset = (
+        None if dataset_args.datasets else script_args.dataset_name
+    )  # for the checkpoints' cards, too
     trainer.train(resume_from_checkpoint=checkpoint)
     if training_args.eval_strategy == "epoch" and not any(
         "eval_loss" in log and log["step"] == trainer.state.global_step for log in trainer.state.log_history
@@ -177,10 +180,9 @@ def main(script_args, training_args, model_args, dataset_args):
     trainer.accelerator.print("✅ Training completed.")
     trainer.save_model(training_args.output_dir)
     trainer.save_state()
-    trainer.create_model_card(dataset_name=script_args.dataset_name)  # PEFT saves a blank one
     trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub()
         trainer.accelerator.print(f"🤗 Model pushed to the Hub in {ENDPOINT}/{trainer.hub_model_id}.")
     end(trainer)
     return trainer
