@@ -49,7 +49,7 @@ from .training.weighting import (
     perce_weights,
     personal_influence_ratio,
 )
-from .utils.screen import get_logger
+from .utils.logger import get_logger
 
 
 logger = get_logger(__name__)

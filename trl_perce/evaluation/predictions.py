@@ -13,7 +13,7 @@ from trl import is_conversational
 
 from ..persona.marks import PersonaError, describe, mark_persona, render
 from ..persona.masks import TokenBytes, byte_mask, persona_stretches, swap_persona, token_mask, trim_persona
-from ..utils.screen import get_logger
+from ..utils.logger import get_logger
 from .thoughts import opens_thought, split_thought
 from .uptake import other_personas
 

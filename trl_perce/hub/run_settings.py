@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 
 from ..config import PerCEConfig
 from ..utils.files import write_json
-from ..utils.screen import get_logger
+from ..utils.logger import get_logger
 
 
 logger = get_logger(__name__)

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.hub import hf_api
 
 from ..config import PerCEConfig
-from ..utils.screen import get_logger
+from ..utils.logger import get_logger
 
 
 logger = get_logger(__name__)

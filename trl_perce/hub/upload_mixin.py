@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from ..config import PerCEConfig, copy_config
 from ..utils.files import is_disk_error
-from ..utils.screen import get_logger
+from ..utils.logger import get_logger
 from .model_card import folder_as_seen, is_written_by_us, write_model_card
 from .run_settings import write_run_settings
 from .upload import UPLOAD_ERRORS, upload_again, warn_if_failed

@@ -20,7 +20,7 @@ from trl.trainer.utils import global_then_local_main_first
 
 from .. import __version__
 from ..config import copy_config
-from ..utils.screen import get_logger
+from ..utils.logger import get_logger
 from .marks import PersonaError, Span, describe, find_near_markers, mark_persona, prompt_texts, render
 from .masks import TokenBytes, byte_mask, token_mask, trim_persona
 from .rows import suggest_columns

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import Trainer
 
-from ..utils.screen import get_logger
+from ..utils.logger import get_logger
 from .checkpoints import CheckpointError, check_whole, last_whole_checkpoint
 from .log_prob_store import LogProbStore
 

@@ -17,7 +17,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from trl.trainer.utils import get_config_model_id
 
 from ..config import PerCEConfig
-from ..utils.screen import get_logger
+from ..utils.logger import get_logger
 from .collator import DataCollatorForPerCE
 
 

@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
 
-from ..utils.screen import get_logger
+from ..utils.logger import get_logger
 
 
 logger = get_logger(__name__)

@@ -1,26 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What is on the screen: lines of 80 columns, commands to copy, and warnings."""
+"""Text for a screen of 80 columns."""
 
-from accelerate import PartialState
-from accelerate.logging import MultiProcessAdapter
-from accelerate.logging import get_logger as get_accelerate_logger
-
-
-class _Logger(MultiProcessAdapter):
-    def process(self, msg, kwargs):
-        text, kwargs = super().process(msg, kwargs)
-        return text if PartialState().num_processes > 1 else text.removeprefix("[RANK 0] "), kwargs
+import shlex
+import textwrap
+from collections.abc import Sequence
 
 
-def get_logger(name: str) -> MultiProcessAdapter:
+WIDTH = 80
+
+
+def fit(text: str) -> str:
+    """A text in lines of 80 columns. What has no space in it, such as a path, is not broken."""
+    lines = (textwrap.fill(line, WIDTH, break_long_words=False, break_on_hyphens=False) for line in text.split("\n"))
+    return "\n".join(lines)
+
+
+def to_copy(words: Sequence[str]) -> str:
     """
-    [`~accelerate.logging.get_logger`], whose lines name the process only where there are several.
+    A command for a shell: in one line if it fits, else with a line for each option.
 
     Args:
-        name (`str`): Of the module.
+        words (`Sequence[str]`): The command and its arguments.
 
     Returns:
-        [`~accelerate.logging.MultiProcessAdapter`]: Logs on the main process, unless `main_process_only=False`.
+        `str`: The command, quoted.
     """
-    return _Logger(get_accelerate_logger(name).logger, {})
+    line = shlex.join(words)
+    if len(line) <= WIDTH:
+        return line
+    starts = [0, *(index for index, word in enumerate(words) if word.startswith("--")), len(words)]
+    return " \\\n    ".join(shlex.join(words[start:end]) for start, end in zip(starts, starts[1:], strict=False))

@@ -1,9 +1,9 @@
-"""What is on the screen."""
+"""Whose line of the log it is."""
 
 import pytest
 from accelerate import PartialState
 
-from trl_perce.utils.screen import get_logger
+from trl_perce.utils.logger import get_logger
 
 
 @pytest.mark.parametrize(
@@ -17,4 +17,4 @@ def test_a_line_names_its_process_where_there_are_several(monkeypatch, caplog, p
     logger.warning("a")
     logger.warning("b", main_process_only=False)
     assert [record.getMessage() for record in caplog.records] == shown
-    assert {record.filename for record in caplog.records} == {"test_screen.py"}
+    assert {record.filename for record in caplog.records} == {"test_logger.py"}
