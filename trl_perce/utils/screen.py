@@ -2,6 +2,7 @@
 
 """Text for a screen of 80 columns."""
 
+import logging
 import shlex
 import textwrap
 from collections.abc import Sequence
@@ -14,6 +15,22 @@ def fit(text: str) -> str:
     """A text in lines of 80 columns. What has no space in it, such as a path, is not broken."""
     lines = (textwrap.fill(line, WIDTH, break_long_words=False, break_on_hyphens=False) for line in text.split("\n"))
     return "\n".join(lines)
+
+
+def say(text: str) -> None:
+    """Print a text ([`fit`])."""
+    print(fit(text))
+
+
+class _Fitted(logging.Formatter):
+    def format(self, record):
+        return fit(super().format(record))
+
+
+def fit_warnings() -> None:
+    """Have warnings that no handler takes, and Python therefore prints itself, fit."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Fitted())
 
 
 def to_copy(words: Sequence[str]) -> str:
