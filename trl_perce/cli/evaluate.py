@@ -183,7 +183,7 @@ def _show(evaluation, result, updates_card: bool) -> None:
     if updates_card:
         card = find_card(evaluation.adapter or evaluation.base)
         update_model_card(card, result)
-        say(f"Model card: {card}")
+        print(f"Model card: {card}")
 
 
 if __name__ == "__main__":  # started by `accelerate launch`
