@@ -148,7 +148,7 @@ def test_the_readmes_snippet_says_nothing_but_what_is_for_the_user(tiny_model, t
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.strip() and "%|" not in line]  # but for progress bars
     device = [] if has_accelerator() else ["No accelerator: training on the CPU in float32."]
-    assert [line.removeprefix("[RANK 0] ") for line in lines] == device
+    assert lines == device
     assert (tmp_path / "qwen3-perce" / "adapter_model.safetensors").is_file()
 
 
@@ -198,3 +198,11 @@ def test_an_import_that_runs_upward_is_seen(tmp_path, monkeypatch):
         "from ..cli import train\n\n\ndef f():\n    from trl_perce.reproduce.grid import Step\n    import trl_perce.hub.upload\n"
     )
     assert imports_of(module) == {"cli", "reproduce", "hub"}
+
+
+def test_warnings_name_the_process_only_where_there_are_several():
+    package = ROOT / "trl_perce"
+    using = [
+        path.name for path in package.rglob("*.py") if "from accelerate.logging" in path.read_text(encoding="utf-8")
+    ]
+    assert using == ["logger.py"]

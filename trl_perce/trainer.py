@@ -7,7 +7,6 @@ import dataclasses
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import get_config_model_id
@@ -55,6 +54,7 @@ from .training.weighting import (
     perce_weights,
     personal_influence_ratio,
 )
+from .utils.logger import get_logger
 
 
 logger = get_logger(__name__)

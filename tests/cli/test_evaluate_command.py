@@ -111,6 +111,8 @@ def test_writes_everything_and_says_it(evaluate, tiny_model, tmp_path, capsys, m
     }
     assert (result["rows"], result["predicted"], result["trimmed"]["rows"]) == (6, 6, 0)
     assert "Generated 6 predictions" in out and "rougeL" in out and "log_likelihood/other" in out
+    assert all(len(line) <= 80 for line in out.replace(str(tmp_path), "").splitlines())
+    assert f"with --baseline {folder}" in " ".join(out.split())
     assert "the evaluated model itself" in " ".join(out.split()) and "\x1b[" not in out  # plain when piped
     report = (folder / "report.md").read_text()
     assert "| `num_tokens` | " in report and "needles" in report and "| `precision` | `float32` |" in report
@@ -261,7 +263,7 @@ def test_the_length_of_the_training_is_taken(adapted, tiny_model, data, tmp_path
     ):
         write_run_settings(make_args(max_length=length), tmp_path / "adapter")
         assert main([*argv, "--max_new_tokens", "8", "--output_dir", str(tmp_path / f"of-{length}")]) == 0
-        assert capsys.readouterr().out.startswith(line)
+        assert " ".join(capsys.readouterr().out.split()).startswith(line)
         assert result_of(tmp_path / f"of-{length}")["settings"]["max_length"] == (80 if length == 80 else 1024)
 
 

@@ -1,4 +1,5 @@
 import json
+import shlex
 import signal
 import time
 
@@ -16,6 +17,7 @@ from trl_perce import PerContrast, PerContrastConfig, TokenScores
 from trl_perce.cli.common import take_run_settings
 from trl_perce.cli.main import main
 from trl_perce.hub.run_settings import write_run_settings
+from trl_perce.scoring import report
 from trl_perce.scoring.score_file import ScoreFile, remove_scores
 
 
@@ -62,6 +64,7 @@ def test_writes_everything_and_says_it(score, tiny_model, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "Scored 6 rows" in out and report["verdict"]["text"] in " ".join(out.split()) and "needles" in out
     assert "\x1b[" not in out  # plain when piped
+    assert all(len(line) <= 80 for line in out.replace(str(tmp_path), "").splitlines()) and "trl-perce" not in out
     assert json.loads((folder / "settings.json").read_text())["counterfactual"] == "drop"
 
 
@@ -106,6 +109,19 @@ def test_a_training_recipe_scores_its_data(score, tmp_path, capsys):
     assert (tmp_path / "trained-scores" / "report.md").is_file() and not (tmp_path / "trained").exists()
 
 
+def test_data_that_are_worth_it_are_trained_on_next(score, tiny_model, data, tmp_path, capsys, monkeypatch):
+    original = report.make_report
+    answer = {"verdict": {"answer": "yes", "text": ""}}
+    monkeypatch.setattr(report, "make_report", lambda *args: original(*args) | answer)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model_name_or_path": tiny_model, "use_peft": True}))
+    monkeypatch.chdir(tmp_path)
+    assert score() == 0
+    assert "trl-perce train" not in capsys.readouterr().out  # with which settings?
+    assert score(config=["--config", "config.yaml"]) == 0
+    said = capsys.readouterr().out.rpartition("Next: ")[2].replace("\\\n", "")
+    assert shlex.split(said) == ["trl-perce", "train", "--config", "config.yaml", "--dataset_name", data]
+
+
 def test_streaming_gives_the_same(score, tmp_path):
     score()
     score("--dataset_streaming", output="streamed")
@@ -133,19 +149,19 @@ def test_the_length_of_the_training_is_taken(score, tiny_model, tmp_path, capsys
     model.save_pretrained(adapter)
     own = {"max_length": 64, "truncate_persona": False, "persona_end_marker": "</p>", "chat_template_kwargs": {"a": 1}}
     write_run_settings(make_args(**own), adapter)
-    where = f"({adapter}/trl_perce.json)\n"
+    where = f"({adapter}/trl_perce.json)"
     taken = (
         "As in the training: max_length 64, truncate_persona False, persona_end_marker </p>, "
         f"chat_template_kwargs {{'a': 1}} {where}"
     )
     assert score("--adapter", str(adapter), "--max_rows", "1", "--png_rows", "1") == 0
     settings = json.loads((tmp_path / "scores" / "settings.json").read_text())
-    assert {name: settings[name] for name in own} == own and taken in capsys.readouterr().out
+    assert {name: settings[name] for name in own} == own and taken in " ".join(capsys.readouterr().out.split())
     names = ("max_length", "truncate_persona", "persona_end_marker")
 
     def values(*argv):
         take_run_settings(args := make_args(PerContrastConfig), argv, str(adapter))
-        return [getattr(args, name) for name in names], capsys.readouterr().out
+        return [getattr(args, name) for name in names], " ".join(capsys.readouterr().out.split())
 
     (tmp_path / "config.yaml").write_text("max_length: 1024\ntruncate_persona: true\n")  # the defaults, but given
     said = f"As in the training: persona_end_marker </p>, chat_template_kwargs {{'a': 1}} {where}"

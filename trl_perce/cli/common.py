@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..utils.files import find_shipped, is_disk_error, read_yaml
+from ..utils.screen import fit_warnings, say
 
 
 # Suffix of a data file → builder of `datasets`
@@ -280,6 +281,7 @@ def begin_worker(needs_whole_model: bool) -> None:
         needs_whole_model (`bool`): Whether each process must hold all of the model ([`keep_model_whole`]).
     """
     end_with_parent()
+    fit_warnings()
     if not is_main_process():
         disable_progress_bars()
     if needs_whole_model:
@@ -561,14 +563,14 @@ def take_run_settings(args, argv: list[str], saved: str) -> None:
         room = getattr(args, "max_new_tokens", 0)
         if name == "max_length" and value is not None and value <= room:
             if is_main_process():
-                print(f"`max_length` is {args.max_length}: the training's {value} has no room for `max_new_tokens`.")
+                say(f"`max_length` is {args.max_length}: the training's {value} has no room for `max_new_tokens`.")
             continue
         if name == "max_length" or value != getattr(args, name):
             taken[name] = value
             setattr(args, name, value)
     if taken and is_main_process():
         values = ", ".join(f"{name} {value}" for name, value in taken.items())
-        print(f"As in the training: {values} ({saved.rstrip('/')}/{NAME})")
+        say(f"As in the training: {values} ({saved.rstrip('/')}/{NAME})")
 
 
 def model_init_kwargs(model_args, args) -> dict[str, Any]:

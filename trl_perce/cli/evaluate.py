@@ -6,10 +6,12 @@
     trl-perce evaluate --model_name_or_path outputs/adapter --dataset_name ./data/product_review --output_dir evaluation
 """
 
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..utils.screen import say
 from .common import (
     KEPT,
     MODEL_SETTINGS,
@@ -148,7 +150,7 @@ def _make_evaluation(script_args, options, args, model_args, dataset_args, argv)
         "split": split,
         **{name: getattr(model_args, name) for name in MODEL_SETTINGS},
     }
-    return Evaluation(base, None, rows, args.output_dir, args, options, settings, adapter, say=print)
+    return Evaluation(base, None, rows, args.output_dir, args, options, settings, adapter, say=say)
 
 
 def _run(evaluation, updates_card: bool) -> None:
@@ -174,15 +176,16 @@ def _show(evaluation, result, updates_card: bool) -> None:
     from trl_perce.evaluation.card import find_card, update_model_card
     from trl_perce.evaluation.report import print_result
 
-    console = Console(highlight=False)
-    print_result(result, console)
+    print_result(result, Console(highlight=False))
     names = ["predictions.jsonl", "metrics.jsonl", "metrics.json", "report.md"]
     folder = Path(evaluation.folder)
-    console.print(f"Written to {folder}: {', '.join(names)}", markup=False, soft_wrap=True)
+    say(f"Written to {folder}: {', '.join(names)}")
+    if result["baseline"] is None:
+        say(f"To compare another model, evaluate it with --baseline {shlex.quote(str(folder))}")
     if updates_card:
         card = find_card(evaluation.adapter or evaluation.base)
         update_model_card(card, result)
-        console.print(f"Model card: {card}", markup=False, soft_wrap=True)
+        print(f"Model card: {card}")
 
 
 if __name__ == "__main__":  # started by `accelerate launch`

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..utils.files import find_shipped
+from ..utils.screen import fit_warnings
 from . import aloe, evaluate, reproduce, score, train
 from .common import KEPT, explain_stops
 
@@ -30,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         `int`: Exit code.
     """
     is_own_process = argv is None
+    if is_own_process:
+        fit_warnings()
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="trl-perce", description="Fine-tune language models to be personal.", allow_abbrev=False

@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..utils.files import read_yaml
+from ..utils.screen import say, to_copy
 from .common import (
     KEPT,
     MODEL_SETTINGS,
@@ -181,6 +183,18 @@ class ScoreRun:
         if script_args.overwrite:
             remove_scores(args.output_dir)
         self.file = ScoreFile(args.output_dir, self.settings)
+        self.training = [] if self.adapter is not None else self._training_command(argv)
+
+    def _training_command(self, argv: list[str]) -> list[str]:
+        """Trains with the recipe that was scored, if one was."""
+        if "--config" not in argv[:-1]:
+            return []
+        config = argv[argv.index("--config") + 1]
+        recipe, command = read_yaml(config) or {}, ["trl-perce", "train", "--config", config]
+        for given, name in ((self.model_args, "model_name_or_path"), (self.script_args, "dataset_name")):
+            if (value := getattr(given, name)) != recipe.get(name):
+                command += [f"--{name}", value]
+        return command
 
     def score(self) -> None:
         """Score the rows that are not yet scored."""
@@ -223,7 +237,9 @@ class ScoreRun:
         verdict = report["verdict"]
         console.print(f"Worth PerCE? {verdict['answer']}. {verdict['text']}", markup=False)
         names = ("scores.jsonl", "heatmap.html", "heatmap.png", "report.md", "report.json")
-        console.print(f"Written to {folder}: {', '.join(names)}", markup=False, soft_wrap=True)
+        say(f"Written to {folder}: {', '.join(names)}")
+        if verdict["answer"] == "yes" and self.training:
+            print(f"Next: {to_copy(self.training)}")
 
 
 def _fingerprint(dataset) -> str:

@@ -10,8 +10,10 @@ import argparse
 import sys
 from typing import Any
 
-from ..utils.files import is_disk_error
+from ..utils.files import is_disk_error, read_yaml
+from ..utils.screen import fit, to_copy
 from .common import (
+    MODEL_SETTINGS,
     begin_worker,
     check_script_args,
     check_writable,
@@ -38,6 +40,12 @@ LORA_DEFAULTS = {
     "learning_rate": (1e-4, "LoRA takes more than full fine-tuning"),
     "dtype": ("bfloat16", "the frozen weights need half the memory"),
 }
+# What its evaluation needs to know, where neither the recipe nor the adapter's folder says it
+_OF_EVALUATION = [
+    *("dataset_name", "dataset_config", "dataset_streaming", "dataset_test_split", "test_split_size"),
+    *("use_cpu", "trust_remote_code"),
+    *MODEL_SETTINGS,
+]
 
 
 def make_parser():
@@ -125,7 +133,7 @@ def run(argv: list[str]) -> int:
         print(line, file=sys.stderr)
 
     if is_worker() or starts_one_process(launch_args, training_args.use_cpu):
-        return _main_exit_code(script_args, training_args, model_args, dataset_args)
+        return _main_exit_code(argv, script_args, training_args, model_args, dataset_args)
     return launch("train", own, launch_args, training_args.use_cpu)
 
 
@@ -145,6 +153,11 @@ def main(script_args, training_args, model_args, dataset_args):
     Raises:
         `SystemExit`: With 2: arguments, data or model do not fit, which is said.
     """
+    return _train(script_args, training_args, model_args, dataset_args)[0]
+
+
+def _train(script_args, training_args, model_args, dataset_args):
+    """The trainer, done and saved, and the dataset's splits."""
     from huggingface_hub.constants import ENDPOINT
 
     from trl_perce.hub.upload import UploadError
@@ -155,7 +168,8 @@ def main(script_args, training_args, model_args, dataset_args):
         training_args.disable_tqdm = True
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
     try:
-        trainer = _make_trainer(script_args, training_args, model_args, dataset_args)
+        dataset = load_data(script_args, dataset_args)
+        trainer = _make_trainer(dataset, script_args, training_args, model_args)
     except (ValueError, OSError, ImportError) as error:  # what the user wrote: a traceback would only hide the message
         if is_disk_error(error) or isinstance(error, (CheckpointError, UploadError)):
             raise
@@ -169,6 +183,9 @@ def main(script_args, training_args, model_args, dataset_args):
             f"Resuming from {checkpoint}." if checkpoint else "No checkpoint yet: starting anew.",
             sep="\n",
         )
+    trainer.card_dataset = (
+        None if dataset_args.datasets else script_args.dataset_name
+    )  # for the checkpoints' cards, too
     trainer.train(resume_from_checkpoint=checkpoint)
     if training_args.eval_strategy == "epoch" and not any(
         "eval_loss" in log and log["step"] == trainer.state.global_step for log in trainer.state.log_history
@@ -177,23 +194,22 @@ def main(script_args, training_args, model_args, dataset_args):
     trainer.accelerator.print("✅ Training completed.")
     trainer.save_model(training_args.output_dir)
     trainer.save_state()
-    trainer.create_model_card(dataset_name=script_args.dataset_name)  # PEFT saves a blank one
-    trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
+    what = "adapter" if model_args.use_peft else "model"
+    trainer.accelerator.print(f"💾 The {what} is in {training_args.output_dir}.")
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub()
         trainer.accelerator.print(f"🤗 Model pushed to the Hub in {ENDPOINT}/{trainer.hub_model_id}.")
     end(trainer)
-    return trainer
+    return trainer, dataset
 
 
-def _make_trainer(script_args, training_args, model_args, dataset_args):
+def _make_trainer(dataset, script_args, training_args, model_args):
     """The trainer on its data."""
     from trl import get_peft_config, get_quantization_config
 
     from trl_perce import PerCETrainer
 
     evaluates = training_args.eval_strategy != "no"
-    dataset = load_data(script_args, dataset_args)
     splits = [script_args.dataset_train_split] + ([script_args.dataset_test_split] if evaluates else [])
     for split in splits:
         if split not in dataset:
@@ -227,7 +243,36 @@ def _goes_on_by_itself(training_args) -> bool:
     return str(training_args.resume_from_checkpoint).lower() == "true"
 
 
-def _main_exit_code(script_args, training_args, *args) -> int:
+def _next_step(argv: list[str], dataset, script_args, training_args, *args) -> str:
+    """The command that evaluates what was trained, to be copied; nothing where its rows are not for that."""
+    from trl.data_utils import get_dataset_column_names
+
+    from trl_perce.evaluation.arguments import GenerationArguments
+
+    train, test = script_args.dataset_train_split, script_args.dataset_test_split
+    split = next((name for name in (test, *dataset) if name in dataset and name != train), train)
+    if not {"prompt", "completion"} <= {*get_dataset_column_names(dataset[split])}:
+        return ""
+    config = argv[argv.index("--config") + 1] if "--config" in argv[:-1] else None
+    recipe = {} if config is None else read_yaml(config) or {}
+    folder = training_args.output_dir.rstrip("/")
+    words = ["trl-perce", "evaluate", *(["--config", config] if config else []), "--model_name_or_path", folder]
+    for given in (script_args, training_args, *args):
+        fields = type(given).__dataclass_fields__
+        for name in _OF_EVALUATION:
+            if name in fields and (value := getattr(given, name)) != recipe.get(name, fields[name].default):
+                words += [f"--{name}", str(value)]
+    if split != test and len(dataset) > 1:
+        words += ["--dataset_split", split]
+    length = training_args.max_length
+    if length is not None and length < 2 * GenerationArguments.max_new_tokens:  # half of it for the answer
+        words += ["--max_new_tokens", str(length // 2)]
+    words += ["--output_dir", f"{folder}-evaluation"]
+    on = ", here on its training rows, as there are no others" if split == train else f" on the split {split!r}"
+    return "\n" + fit(f"Next, evaluate it{on}:") + "\n\n" + to_copy(words)
+
+
+def _main_exit_code(argv: list[str], script_args, training_args, *args) -> int:
     from trl_perce import PersonaError
     from trl_perce.hub.upload import UploadError
     from trl_perce.training.checkpoints import CheckpointError
@@ -237,7 +282,9 @@ def _main_exit_code(script_args, training_args, *args) -> int:
         begin_worker(needs_whole_model=False)
     try:
         with explain_stops("trl-perce train", lambda: _where_to_go_on(training_args)):
-            main(script_args, training_args, *args)
+            _, dataset = _train(script_args, training_args, *args)
+            if is_main_process():  # the last that is on the screen
+                print(_next_step(argv, dataset, script_args, training_args, *args))
     # A traceback would only hide the message
     except (PersonaError, ModelCheckError) as error:
         say_error("trl-perce train", error)
@@ -261,4 +308,4 @@ def _where_to_go_on(training_args) -> str:
 
 
 if __name__ == "__main__":  # started by `accelerate launch`
-    raise SystemExit(_main_exit_code(*make_parser().parse_args_and_config(fail_with_unknown_args=False)))
+    raise SystemExit(_main_exit_code(sys.argv[1:], *make_parser().parse_args_and_config(fail_with_unknown_args=False)))

@@ -89,8 +89,8 @@ def evaluate(
         say (`Callable[[str], None]`, *optional*): Takes a line about each step. By default it is logged.
 
     Returns:
-        `dict[str, Any]`: What `metrics.json` holds: `"rows"`, `"predicted"`, `"unanswered"` (thoughts without an answer), `"trimmed"`, `"settings"`, `"personal_by"`,
-            `"metrics"` (`{name: {"mean", "interval", "rows"}}`), `"judge"` and `"baseline"` (`None`, or `"folder"` and `"tests"`).
+        `dict[str, Any]`: What `metrics.json` holds: `"rows"`, `"users"` (told by their personas where they are not named), `"predicted"`,
+            `"unanswered"` (thoughts without an answer), `"trimmed"`, `"settings"`, `"personal_by"`, `"metrics"` (`{name: {"mean", "interval", "rows"}}`), `"judge"` and `"baseline"` (`None`, or `"folder"` and `"tests"`).
             Empty on other processes than the main one.
 
     Raises:
@@ -384,6 +384,7 @@ class Evaluation:
         used = {name: getattr(self.args, name) for name in _SHARED_SETTINGS + _GENERATION_SETTINGS + _SCORE_SETTINGS}
         return {
             "rows": len(self.rows),
+            "users": len({*self.groups} - {None}),
             "predicted": len(self.prompts),
             "unanswered": unanswered,
             "trimmed": {"rows": len(trimmed), "tokens": sum(trimmed)},

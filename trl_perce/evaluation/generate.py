@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from accelerate.logging import get_logger
 from accelerate.utils import extract_model_from_parallel
 from packaging.version import Version
 from peft import PeftConfig, PeftModel
@@ -41,6 +40,7 @@ from ..scoring.loading import find_adapter, load_model, load_scoring_tokenizer
 from ..scoring.preparation import Preparation
 from ..training.checks import keep_4bit_weights_trainable_on_cpu, load_tokenizer
 from ..training.estep import split_into_chunks
+from ..utils.logger import get_logger
 from ..utils.share import EVERYTHING, Share
 from .arguments import GenerationArguments
 from .predictions import Prompt, make_prompts, stop_tokens, to_prediction

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from accelerate.logging import get_logger
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
@@ -16,6 +15,7 @@ from trl import is_conversational
 from ..persona.marks import PersonaError, describe, mark_persona, render, render_messages
 from ..persona.masks import TokenBytes, mask_tokens, persona_stretches, swap_persona, trim_persona
 from ..persona.parts import join_parts, takes_parts
+from ..utils.logger import get_logger
 from .thoughts import opens_thought, split_thought
 from .uptake import other_personas
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What an evaluation found, for people: a table in the terminal and `report.md`."""
+"""What an evaluation found, for people: its outcome in the terminal, and all of it in `report.md`."""
 
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,18 @@ from ..utils.markdown import code, escape, table
 # Predictions that the report shows, and characters of each text
 _EXAMPLES = 3
 _LONG = 400
+# What the terminal shows: a title, and names of metrics, or how they begin
+_SHOWN = {
+    "Overlap with the references": ("rougeL", "meteor", "bleu"),
+    "Words of a persona in an answer": (
+        *("uptake/own", "uptake/other"),
+        *("swapped/uptake/own", "swapped/uptake/other"),
+    ),
+    "Likelihood of the references, in nats a token": ("log_likelihood/personal", "log_likelihood/other"),
+    "What the persona adds to it": ("pir/personal", "pir/other"),
+    "The judge's ratings, 1 to 5": ("judge/",),
+    "Answers: tokens, and the share that ended before the limit": ("num_tokens", "finished"),
+}
 NOTES = {
     "rouge1": "F-measure of words shared with the reference",
     "rouge2": "F-measure of pairs of words shared with the reference",
@@ -38,34 +50,65 @@ NOTES = {
 
 def print_result(result: dict[str, Any], console) -> None:
     """
-    Print an evaluation's table.
+    Print what an evaluation found, in 80 columns: the answer first, then the metrics of `_SHOWN`. The report has them all.
 
     Args:
         result (`dict[str, Any]`): From [`~evaluate.evaluate`].
         console ([`~rich.console.Console`]): Where to.
     """
-    head, lines = _cells(result)
-    shown = [*range(4), len(head) - 1]  # a baseline's columns come by themselves: all do not fit side by side
-    _print_table([[line[index] for index in shown] for line in (head, *lines)], console)
-    compared = [[line[0], *line[4:-1]] for line in lines if any(line[4:-1])]
-    if compared:
-        console.print()
-        _print_table([[*line, ""] for line in ([head[0], *head[4:-1]], *compared)], console)
+    users = f" of {result['users']} users" if result["users"] else ""
+    console.print(_verdict(result), markup=False)
+    console.print(f"{result['rows']} rows{users}. Means, with 95 % intervals over {'users' if users else 'rows'}.\n")
+    tests, metrics = (result["baseline"] or {}).get("tests"), result["metrics"]
+    of_tests = ("baseline", "change") if tests is not None else ()
+    console.print(_line("", "mean", *of_tests, "95 % interval", *(["p"] if of_tests else [])))
+    for title, names in _SHOWN.items():
+        found = [name for shown in names for name in metrics if _is_of(name, shown)]
+        if found:
+            console.print(title, markup=False)
+        for name in found:
+            mean = metrics[name]["mean"]
+            if tests is None:
+                cells = [interval_text(metrics[name]["interval"])]
+            else:  # the interval is of the change
+                cells = ["", "", "", ""] if name not in tests else _test_cells(mean, tests[name])
+            console.print(_line(f"  {name}", number_text(mean), *cells), markup=False)
+    console.print()
     for text in _remarks(result):
         console.print(text, markup=False)
 
 
-def _print_table(lines: list[list[str]], console) -> None:
-    """Lines of which the first is the head. The last column, of words, is broken where it does not fit."""
-    from rich.table import Table
+def _line(name: str, mean: str, *cells: str) -> str:
+    *numbers, interval = cells[:-1] if len(cells) > 1 else cells
+    end = [f"{cells[-1]:>5}"] if len(cells) > 1 else []
+    return " ".join([f"{name:<25}", *(f"{cell:>8}" for cell in (mean, *numbers)), f"{interval:>18}", *end])
 
-    shown = Table(box=None, pad_edge=False)
-    last = len(lines[0]) - 1
-    for index, name in enumerate(lines[0]):
-        shown.add_column(name, justify="right" if 0 < index < last else "left", no_wrap=index < last)
-    for line in lines[1:]:
-        shown.add_row(*line)
-    console.print(shown)
+
+def _is_of(name: str, shown: str) -> bool:
+    return name.startswith(shown) if shown.endswith("/") else name == shown
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    """The answer to what is asked: better than the baseline, or else personal at all. Intervals that overlap leave it unclear."""
+    if result["baseline"] is not None:
+        shown = [name for names in _SHOWN.values() for name in names if name not in ("num_tokens", "finished")]
+        tests = result["baseline"]["tests"]
+        tests = {name: test for name, test in tests.items() if any(_is_of(name, one) for one in shown)}
+        higher = [name for name, test in tests.items() if test["interval"] and test["interval"][0] > 0]
+        lower = [name for name, test in tests.items() if test["interval"] and test["interval"][1] < 0]
+        parts = [f"{word}: {', '.join(names)}" for word, names in (("higher", higher), ("lower", lower)) if names]
+        rest = len(tests) - len(higher) - len(lower)
+        parts += [f"no clear change in {rest} {'others' if parts else 'metrics'}"] if rest else []
+        return f"Against the baseline: {'; '.join(parts) or 'nothing to compare'}."
+    own, other = (result["metrics"].get(f"uptake/{whose}") for whose in ("own", "other"))
+    if not (own and other and own["interval"] and other["interval"]):
+        return "Personal? Cannot say: it takes the personas of at least two users."
+    answer = "No" if own["mean"] <= other["mean"] else "Unclear"
+    if own["interval"][0] > other["interval"][1]:
+        answer = "Yes"
+    return (
+        f"Personal? {answer}: {own['mean']:.2f} words of its persona in an answer, {other['mean']:.2f} of another's."
+    )
 
 
 def write_report(result: dict[str, Any], predictions: list[dict[str, Any]], path: str | Path) -> None:

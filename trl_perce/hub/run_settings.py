@@ -9,11 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from accelerate.logging import get_logger
 from transformers.utils import cached_file
 
 from ..config import PerCEConfig
 from ..utils.files import write_json
+from ..utils.logger import get_logger
 
 
 logger = get_logger(__name__)

@@ -8,13 +8,13 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 
-from accelerate.logging import get_logger
 from huggingface_hub import CommitInfo, get_token
 from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.hub import hf_api
 
 from ..config import PerCEConfig
+from ..utils.logger import get_logger
 
 
 logger = get_logger(__name__)

@@ -6,11 +6,11 @@ from concurrent.futures import Future
 from pathlib import Path
 from weakref import WeakSet
 
-from accelerate.logging import get_logger
 from transformers import Trainer
 
 from ..config import PerCEConfig, copy_config
 from ..utils.files import is_disk_error
+from ..utils.logger import get_logger
 from .model_card import folder_as_seen, is_written_by_us, write_model_card
 from .run_settings import write_run_settings
 from .upload import UPLOAD_ERRORS, upload_again, warn_if_failed

@@ -13,7 +13,6 @@ from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
-from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational, pack_dataset
@@ -22,6 +21,7 @@ from trl.trainer.utils import global_then_local_main_first
 
 from .. import __version__
 from ..config import copy_config
+from ..utils.logger import get_logger
 from .marks import (
     PersonaError,
     Span,

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from accelerate.logging import get_logger
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
 
 from ..config import PerCEConfig
+from ..utils.logger import get_logger
 
 
 logger = get_logger(__name__)

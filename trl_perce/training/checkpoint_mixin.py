@@ -4,10 +4,10 @@
 
 from pathlib import Path
 
-from accelerate.logging import get_logger
 from safetensors import SafetensorError
 from transformers import ProcessorMixin, Trainer
 
+from ..utils.logger import get_logger
 from .checkpoints import CheckpointError, check_whole, last_whole_checkpoint
 from .log_prob_store import LogProbStore
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from datasets import DatasetDict, IterableDatasetDict
 from peft import PeftModel, PromptLearningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,6 +18,7 @@ from transformers.tokenization_mistral_common import MistralCommonBackend
 from trl.trainer.utils import get_config_model_id
 
 from ..config import PerCEConfig
+from ..utils.logger import get_logger
 from .collator import DataCollatorForPerCE
 
 

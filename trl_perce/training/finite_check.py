@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
+
+from ..utils.logger import get_logger
 
 
 logger = get_logger(__name__)

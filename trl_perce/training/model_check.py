@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from accelerate.logging import get_logger
 from accelerate.utils import extract_model_from_parallel, send_to_device
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedConfig, Trainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..config import PerCEConfig, autocast_dtype
+from ..utils.logger import get_logger
 from .checks import linear_4bit_modules
 from .collator import DataCollatorForPerCE
 from .estep import labelled_log_probs

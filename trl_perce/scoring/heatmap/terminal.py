@@ -54,7 +54,7 @@ def print_heatmap(scores: Iterable[TokenScores], console, num_rows: int = 4) -> 
     elif rows:
         lines.append(Text(f"[…]: a personal token (PIR > {rows[0].threshold:g}) and its PIR in nats"))
     for line in lines:
-        console.print(line, soft_wrap=not has_colours, highlight=False)
+        console.print(line, highlight=False)
 
 
 def _style(pir: float) -> str:
