@@ -91,7 +91,7 @@ def _run(args) -> None:
     summary = preparation.write()
     _print_counts(preparation, {split: made["rows"] for split, made in summary["splits"].items()}, console)
     names = ", ".join(f"{split}.jsonl" for split in summary["splits"])
-    console.print(f"Written to {args.output_dir}: {names}, prepare.json")
+    console.print(f"Written to {args.output_dir}: {names}, prepare.json", soft_wrap=True)
 
 
 def _print_source(preparation, console) -> None:
@@ -99,11 +99,13 @@ def _print_source(preparation, console) -> None:
     what = str(files[0]) if len(files) == 1 else f"{len(files):,} files" if files else preparation.args.source[0]
     if preparation.num_records is not None:
         what += f": {preparation.num_records:,} records"
-    console.print(f"{what}, read as `{loaded.format}`")
+    console.print(f"{what}, read as `{loaded.format}`", soft_wrap=True)
     if loaded.columns:
         console.print("Columns: " + ", ".join(f"{kind} {name!r}" for kind, name in loaded.columns.items()))
     for path, encoding in preparation.encodings.items():
-        console.print(f"{path} is read as {encoding}, since it is not UTF-8. Another one: `--encoding`.")
+        console.print(
+            f"{path} is read as {encoding}, since it is not UTF-8. Another one: `--encoding`.", soft_wrap=True
+        )
     for note in loaded.notes:
         console.print(note)
     console.print()

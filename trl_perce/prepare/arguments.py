@@ -142,9 +142,8 @@ class OutputArguments:
         },
     )
     test_size: float = field(default=0.1, metadata={"help": "Share of the users whose rows are for the test."})
-    splits: list[str] = field(
-        default_factory=lambda: ["train", "validation", "test"],
-        metadata={"help": "Of benchmarks: splits to write, of those that there are."},
+    splits: list[str] | None = field(
+        default=None, metadata={"help": "Of benchmarks: splits to write. By default those that there are."}
     )
     seed: int = field(default=0, metadata={"help": "Of the split by users and of samples."})
     dry_run: bool = field(
@@ -192,6 +191,20 @@ class PrepareArguments(OutputArguments, RowArguments, PersonaArguments, SourceAr
             text = self.prompt_template
             if text.count(PLACEHOLDER) != 1 or text.count("{query}") != 1:
                 raise ValueError(f"`prompt_template` is {text!r}. It must hold {{persona}} and {{query}}, each once.")
+        for split in self.splits or ():
+            take_choice(split, "splits", ("train", "validation", "test"))
+        own = self.format in ("longlamp", "lamp")
+        if (
+            self.format in BENCHMARKS
+            and self.validation_size
+            and (own or "validation" not in (self.splits or ["validation"]))
+        ):
+            raise ValueError(
+                f"`validation_size` is given, and {f'{self.format!r} has a split of its own' if own else 'no `validation` is among the `splits`'}. "
+                "Leave out the one or the other."
+            )
+        if own and len(self.source) > 1:
+            raise ValueError(f"`format` {self.format!r} takes one folder, and {len(self.source)} sources are given.")
         if self.format in ("longlamp", "lamp") and self.task is None:
             raise ValueError(
                 f"`format` {self.format!r} needs `task`: abstract_generation, … of longlamp, LaMP_4, … of lamp."

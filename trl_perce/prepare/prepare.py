@@ -24,7 +24,7 @@ from .chats import load_chats
 from .columns import Columns, choose_format
 from .loaded import NO_HISTORY, Loaded
 from .secrets import Secrets
-from .tables import find_files, read_files
+from .tables import Record, find_files, read_files
 from .texts import load_texts
 
 
@@ -60,23 +60,56 @@ class Preparation:
         self.files: list[Path] = []
         self.splits: dict[str, list[HistoryRow]] = {}
         self.retriever = Retriever(args.retrieval, args.k, cache_dir=".cache/retrieval", seed=args.seed)
-        name = args.format
-        if name not in BENCHMARKS:
-            self.files = find_files(args.source)
-            records, self.encodings = read_files(self.files, args.encoding)
-            self.num_records = len(records)
-            columns = Columns(records, args, self.secrets)
-            name = name or choose_format(columns)
-            if name not in BENCHMARKS:
-                load = load_texts if name == "texts" else lambda *rest: load_chats(records, name, *rest[1:])
-                self.loaded = load(records, columns, args, self.skips)
-                self._split(self._sampled(self.loaded.rows))
-                return
-        self.loaded = Loaded(name)
-        for split in args.splits:
-            rows = self._load_benchmark(name, split)
+        if args.format in ("longlamp", "lamp") or (args.format in BENCHMARKS and _is_split(args.source)):
+            self._load_splits(args.format)
+            return
+        self.files = find_files(args.source)
+        records, self.encodings = read_files(self.files, args.encoding)
+        self.num_records = len(records)
+        columns = Columns(records, args, self.secrets)
+        name = args.format or choose_format(columns)
+        if name in BENCHMARKS and _is_split(args.source):
+            self._load_splits(name)
+            return
+        if name in BENCHMARKS:
+            self.loaded = Loaded(name, self._made(name, records))
+        elif name == "texts":
+            self.loaded = load_texts(records, columns, args, self.skips)
+        else:
+            self.loaded = load_chats(records, name, columns, args, self.skips)
+        self._split(self._sampled(self.loaded.rows))
+
+    def _load_splits(self, name: str) -> None:
+        """Rows of a benchmark, which comes in splits."""
+        self.loaded, self.files, self.num_records = Loaded(name), [], None
+        for split in self.args.splits or SPLITS:
+            try:
+                rows = self._load_benchmark(name, split)
+            except FileNotFoundError:
+                if self.args.splits or split == "train" and name != "lamp":
+                    raise
+                continue
             if rows:
                 self.splits[split] = [self._cleaned(row) for row in rows]
+        if not self.splits:
+            raise ValueError(f"{self.args.source[0]} has none of the splits {', '.join(self.args.splits or SPLITS)}.")
+
+    def _made(self, name: str, records: list[Record]) -> list[HistoryRow]:
+        """Rows of a benchmark's format in any files."""
+        if name == "lamp":
+            raise ValueError("These look like records of LaMP. Write `--format lamp --task LaMP_4`, or another task.")
+        args = self.args
+        rows = histories.make_rows(
+            [record.values for record in records],
+            name,
+            lambda number: records[number].where,
+            self.skips,
+            rows_per_user=args.rows_per_user,
+            turns=args.turns,
+            max_words=args.max_words,
+            seed=args.seed,
+        )
+        return [self._cleaned(row) for row in rows]
 
     def _sampled(self, rows: list[HistoryRow]) -> list[HistoryRow]:
         """No more than `rows_per_user` of each user."""
@@ -113,10 +146,13 @@ class Preparation:
             split_of |= {user: split for unit in taken for user in unit}
             order = [unit for unit in order if unit not in taken]
         if not order:
-            what = "users" if not self.loaded.groups else "groups of users who talk with each other"
+            one, many = "user", "users"
+            if self.loaded.groups:
+                one, many = (f"{word} of users who talk with each other" for word in ("group", "groups"))
+            number = f"is 1 {one}" if len(units) == 1 else f"are {len(units)} {many}"
             raise ValueError(
-                f"There are {len(units)} {what}, which no two splits may share, and none is left to train on. Set "
-                "`--validation_size 0`, and `--test_size 0` too for a single one."
+                f"There {number}, and no two splits share one; none is left to train on. Set `--validation_size 0`, and for a single "
+                "one `--test_size 0` too."
             )
         wanted = ["train", *(split for split, size in sizes.items() if size)]
         self.splits = {
@@ -128,8 +164,6 @@ class Preparation:
     def _load_benchmark(self, name: str, split: str) -> list[HistoryRow] | None:
         """Rows of a benchmark's own split; `None` of one that is not there."""
         args = self.args
-        if len(args.source) > 1:
-            raise ValueError(f"`format` {name!r} takes one folder, and {len(args.source)} sources are given.")
         source, task = args.source[0], args.task or ""
         if name in ("longlamp", "lamp"):
             num_rows: Any = "all" if args.num_rows is None else args.num_rows
@@ -140,13 +174,8 @@ class Preparation:
                 return lamp.load(split, task, path=source, num_rows=num_rows, seed=args.seed)
             path = None if source == "hub" else source
             return longlamp.load(split, task, args.setting, path=path, num_rows=num_rows, seed=args.seed)
-        folder = Path(source)
-        if not folder.is_dir():
-            raise ValueError(
-                f"`format` {name!r} takes a folder with train.jsonl and test.jsonl, and {source!r} is none."
-            )
         size = None if split == "test" else args.validation_size or None
-        if split == "validation" and size is None and not (folder / "validation.jsonl").is_file():
+        if split == "validation" and size is None and not (Path(source) / "validation.jsonl").is_file():
             return None
         return histories.load(
             split,
@@ -157,6 +186,7 @@ class Preparation:
             max_words=args.max_words,
             seed=args.seed,
             validation_size=size,
+            skips=self.skips,
         )
 
     def _cleaned(self, row: HistoryRow) -> HistoryRow:
@@ -230,6 +260,11 @@ class Preparation:
         }
         write_json(folder / NAME, summary)
         return summary
+
+
+def _is_split(source: list[str]) -> bool:
+    """Whether the source is a folder with splits, as those of benchmarks are."""
+    return len(source) == 1 and sum((Path(source[0]) / f"{split}.jsonl").is_file() for split in SPLITS) > 1
 
 
 def check_output(folder: str | Path, sources: Iterable[Path]) -> None:

@@ -10,9 +10,13 @@ from collections.abc import Iterator
 
 _EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}")
 # Digits with single separators between them, perhaps with a plus and brackets
-_NUMBER = re.compile(r"(?<![\w.,:/+-])(?:\+|00)?\(?\d[\d ().\-/]{5,24}\d(?![\w%€$£])")
+_NUMBER = re.compile(r"(?<![\w.,/+-])(?:\+|00)?\(?\d[\d ().\-/]{5,24}\d(?![\w%€$£])")
 _DATE = re.compile(r"\d{4}([-./])\d{1,2}\1\d{1,2}(?!\d)|\d{1,2}([-./])\d{1,2}\2\d{4}(?!\d)")
-_GROUPED_PHONE = re.compile(r"(?:\+|00)[\d ().\-/]+|\(?0?\d{2,5}\)?[ .\-/]+\d{2,5}(?:[ .\-/]+\d{2,5})*")
+# With the code of a country, with that of an area (which begins with 0), and as it is written in North America
+_PHONE = re.compile(
+    r"(?:\+|00)[1-9][\d ().\-/]+|\(?0[1-9]\d*[ ().\-/][\d ().\-/]+|(?:1[ .-])?\(?\d{3}\)?[ .-]?\d{3}[ .-]\d{4}|\d{3}-\d{4}"
+)
+_CARD = re.compile(r"(?:[3-6]|2[2-7])\d+(?:([ -])\d+)*")
 _NAMES = {"email": "mail address", "phone": "phone number", "card": "card number"}
 
 
@@ -21,7 +25,7 @@ class Secrets:
     Looks for what may say who somebody is, or give access to their money, in texts.
 
     What looks like it is counted: a mail address; 13 to 19 digits that pass the check of card numbers (Luhn); a number of 7 to 15
-    digits that begins with `+` or `00`, or has groups as phone numbers do, and is no date. Some that are none are counted, and some that
+    digits that is written as phone numbers are (`+49 30 123456`, `030 123456`, `(555) 123-4567`) and is no date. Some that are none are counted, and some that
     are written otherwise are missed.
 
     Args:
@@ -91,9 +95,9 @@ def find_secrets(text: str) -> Iterator[tuple[str, int, int]]:
         digits = re.sub(r"\D", "", number)
         if "@" in text[match.end() : match.end() + 1]:
             continue  # of an address
-        if 13 <= len(digits) <= 19 and not re.search(r"[()/+]", number) and passes_luhn(digits):
+        if 13 <= len(digits) <= 19 and _CARD.fullmatch(number) and passes_luhn(digits):
             yield "card", *match.span()
-        elif 7 <= len(digits) <= 15 and not _DATE.match(number) and _GROUPED_PHONE.fullmatch(number):
+        elif 7 <= len(digits) <= 15 and not _DATE.match(number) and _PHONE.fullmatch(number):
             yield "phone", *match.span()
 
 
