@@ -251,11 +251,11 @@ def load(tmp_path, lines, **kwargs) -> Preparation | None:
 @given(posts=posts, seed=st.integers(0, 5), with_groups=st.booleans())
 def test_no_user_is_in_two_splits(tmp_path, posts, seed, with_groups):
     lines = [
-        {"user": user, "text": f"{text} {place}", "title": "T", "chat": year}
-        for place, (user, text, year) in enumerate(posts)
+        {"user": user, "text": f"{text} {place}", "title": "T", "chat": int(user[-1]) // 2, "notes": "N"}
+        for place, (user, text, _) in enumerate(posts)
     ]
     kwargs = {"conversation_column": "chat", "format": "flat"} if with_groups else {}
-    made = load(tmp_path, lines, seed=seed, test_size=0.3, **kwargs)
+    made = load(tmp_path, lines, seed=seed, test_size=0.3, persona_column="notes", **kwargs)
     if made is None:
         return
     users = [{row.user for row in rows} for rows in made.splits.values()]
@@ -288,8 +288,8 @@ def test_no_history_holds_the_target_or_anything_later(tmp_path, posts, is_timed
     for row in made.splits["train"] if made is not None else ():
         place = int(row.id.split("/")[0])
         target, year = row.response, posts[place][2]
-        for index in made.retriever([row])[0]:
-            text = row.history[index].text
+        for entry in row.history:
+            text = entry.text
             assert target not in text
             written = [
                 i for i, (user, said, _) in enumerate(posts) if user == row.user and text.endswith(f"{said} {i % 3}")
