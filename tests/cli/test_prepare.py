@@ -187,6 +187,53 @@ def test_people_who_talk_with_each_other_are_in_one_split(tmp_path, capsys):
     assert "6 groups, the largest of 2 users" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_flat_log_without_conversations_parts_at_silence(tmp_path):
+    times = {
+        "2024-05-01T10:00": "user",
+        "2024-05-01T10:30": "assistant",
+        "2024-05-01T12:00": "user",
+        "2024-05-01T12:01": "assistant",
+    }
+    lines = [
+        {"user": user, "role": role, "text": f"{role} at {time[11:]}", "time": time, "notes": user}
+        for user in NOTES
+        for time, role in times.items()
+    ]
+    argv = (write_lines(tmp_path / "flat.jsonl", lines), "--persona_column", "notes")
+    for hours, lengths in (("1", [1, 1]), ("8", [1, 3])):
+        rows = rows_of(tmp_path, *argv, "--gap_hours", hours)
+        assert [len(row["prompt"]) for row in rows] == 2 * lengths
+
+
+def test_three_speakers_are_told_apart(tmp_path):
+    lines = [{"chat_id": 1, "speaker": name, "text": "Hello.", "notes": name} for name in ("ann", "bob", "cy")]
+    rows = rows_of(tmp_path, write_lines(tmp_path / "flat.jsonl", lines), "--persona_column", "notes")
+    assert [(row["user"], row["prompt"][0]["content"].split("\n\n", 1)[1]) for row in rows] == [
+        ("bob", "ann: Hello."),
+        ("cy", "ann: Hello.\n\nbob: Hello."),
+    ]
+
+
+def test_what_has_no_text_or_holds_marks_is_left_out_and_counted(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "find"}]}
+    image = {"role": "user", "content": [{"type": "text", "text": "Look:"}, {"type": "image_url"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "I see."}]}
+    ask = {"role": "user", "content": "What?"}
+    marked = {"role": "user", "content": "Where is <persona>?"}
+    talks = [[ask, call, {"role": "tool", "content": "x"}, answer], [image, answer], [ask, answer], [marked, answer]]
+    lines = [{"user": "ann", "messages": talk, "notes": "I sew."} for talk in talks]
+    lines.append({"user": "bob", "messages": [ask, answer], "notes": "What I say is: I see."})
+    lines.append({"user": "cy", "messages": [ask, {"role": "assistant", "content": "I see " * 9}], "notes": "N"})
+    source = write_lines(tmp_path / "logs.jsonl", lines)
+    rows = rows_of(tmp_path, source, "--persona_column", "notes", "--max_words", 9)
+    assert [(row["user"], row["completion"][0]["content"]) for row in rows] == [("ann", "I see."), ("bob", "I see.")]
+    assert summary(tmp_path)["left_out"] == {
+        "a message before the reply has no text (a tool, an image)": 2,
+        "the prompt or the response holds '<persona>'": 1,
+        "the response is longer than 9 words (`max_words`)": 1,
+    }
+
+
 # ── texts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     if command == "train":  # which may do its work in other processes
         return train.run(argv[1:])
-    kept = "Nothing is written." if command == "prepare" else KEPT
+    kept = "Start it again: each file is whole, or as it was." if command == "prepare" else KEPT
     with explain_stops(f"trl-perce {command}", lambda: kept):
         return COMMANDS[command].run(argv[1:])
 
