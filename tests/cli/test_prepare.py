@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 from email.message import EmailMessage
 from pathlib import Path
@@ -7,12 +8,14 @@ import pandas
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from rows import write_lines
 from trl_perce.cli.main import main
 from trl_perce.persona.marks import mark_persona
 from trl_perce.prepare.arguments import PrepareArguments
 from trl_perce.prepare.prepare import Preparation
+from trl_perce.prepare.preview import print_legend, print_row
 from trl_perce.prepare.secrets import find_secrets, passes_luhn
 
 
@@ -402,6 +405,15 @@ def test_encodings(tmp_path, encoding, named):
     (tmp_path / "logs.jsonl").write_bytes(line.encode(encoding))
     (row,) = rows_of(tmp_path, tmp_path / "logs.jsonl", "--persona_column", "notes", *named)
     assert (row["persona"], row["completion"][0]["content"]) == ("Píšu", "Ve Zlíně")
+
+
+def test_a_terminal_shows_colours():
+    console = Console(force_terminal=True, color_system="truecolor", no_color=False, width=80, file=io.StringIO())
+    print_legend(console)
+    print_row("train", [("Me: ", ""), ("I sew", "persona"), (". ", ""), ("Linen", "trained")], console)
+    persona, trained = "\x1b[30;48;2;242;193;78m", "\x1b[1;4;32m"
+    shown = console.file.getvalue()
+    assert f"Me: {persona}I sew\x1b[0m. {trained}Linen\x1b[0m" in shown and f"{persona}persona\x1b[0m" in shown
 
 
 def test_globs_folders_and_templates(tmp_path):

@@ -115,7 +115,7 @@ def _preview(preparation, console) -> None:
     """Show rows of the first split. Entries are told by BM25, where the encoder is a model that would have to be loaded."""
     from trl_perce.benchmarks.reading import random_order
     from trl_perce.history.retrieval import Retriever
-    from trl_perce.prepare.preview import message_pieces, print_row, token_pieces
+    from trl_perce.prepare.preview import message_pieces, print_legend, print_row, token_pieces
 
     args, loaded = preparation.args, preparation.loaded
     split, rows = next(iter(preparation.splits.items()))
@@ -127,6 +127,7 @@ def _preview(preparation, console) -> None:
     shown = [(message_pieces(example), "") for example in examples]
     if args.tokenizer is not None:
         shown = [*token_pieces(examples, args.tokenizer)]
+    print_legend(console)
     for example, (pieces, counts) in zip(examples, shown, strict=True):
         title = f"{split}, row {example['id']} of user {example['user']}"
         print_row(f"{title} ({counts})" if counts else title, pieces, console)

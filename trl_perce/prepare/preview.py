@@ -62,7 +62,10 @@ def token_pieces(examples: list[dict[str, Any]], tokenizer_name: str) -> Iterato
     from ..scoring.preparation import Preparation
 
     args = PerContrastConfig(max_length=None, use_cpu=True)
-    tokenizer = load_scoring_tokenizer(tokenizer_name, None, args)
+    try:
+        tokenizer = load_scoring_tokenizer(tokenizer_name, None, args)
+    except OSError as error:
+        raise OSError(f"`tokenizer`: there is none to load for {tokenizer_name!r}. {error}") from error
     prepared = Preparation(tokenizer, args)(Dataset.from_list(examples), "train", needs_persona=True)
     for rows, _ in prepared.blocks():
         for row in rows:
@@ -87,7 +90,7 @@ def print_row(title: str, pieces: list[Piece], console) -> None:
     """
     from rich.text import Text
 
-    has_colours = console.is_terminal and console.color_system is not None and not console.no_color
+    has_colours = _has_colours(console)
     console.print(Text(title, style="bold" if has_colours else ""))
     line = Text()
     for text, kind in pieces:
@@ -97,6 +100,18 @@ def print_row(title: str, pieces: list[Piece], console) -> None:
         )
     console.print(line, highlight=False)
     console.print()
+
+
+def print_legend(console) -> None:
+    """Say what the colours of [`print_row`] mean. Marks say it themselves."""
+    from rich.text import Text
+
+    if _has_colours(console):
+        console.print(Text.assemble(("persona", _STYLES["persona"]), "  ", ("trained", _STYLES["trained"]), "\n"))
+
+
+def _has_colours(console) -> bool:
+    return console.is_terminal and console.color_system is not None and not console.no_color
 
 
 def _shortened(text: str) -> str:
