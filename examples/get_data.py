@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Get the public data that the local recipes and `make_rows.py` read. Each folder
+Get the public data that the local recipes and `trl-perce prepare` read. Each folder
 has train.jsonl, test.jsonl and a README.md with its source and licence.
 
     python examples/get_data.py                    # all three, to data/
@@ -9,17 +9,17 @@ has train.jsonl, test.jsonl and a README.md with its source and licence.
     python examples/get_data.py --source_dir ~/Downloads
 
 - persona_chat: Synthetic-Persona-Chat, CC BY 4.0, from the Hub
-  (google/Synthetic-Persona-Chat). Kind `chats` of make_rows.py.
+  (google/Synthetic-Persona-Chat). Its format is `chats`.
 - prefeval: PrefEval, CC BY-NC 4.0, by git from
   github.com/amazon-science/PrefEval, since siyanzhao/prefeval_explicit on the
-  Hub has no answers. Kind `preferences`.
+  Hub has no answers. Format `preferences`.
 - product_reviews: Amazon Reviews 2023, for research, from the Hub
-  (McAuley-Lab/Amazon-Reviews-2023). Kind `reviews`.
+  (McAuley-Lab/Amazon-Reviews-2023). Format `reviews`.
 
 With --source_dir nothing is downloaded: the files are looked for below that
 folder. A sample depends on the files, --seed and the numbers alone. Nobody, and
 no topic of PrefEval, is in both files. A folder that has a train.jsonl is left
-as it is. For the kind `posts` there is no public source.
+as it is. For the format `posts` there is no public source.
 """
 
 import argparse

@@ -33,6 +33,7 @@ FILES = [
 MODELS = r"HuggingFaceTB/SmolLM2-135M-Instruct|Qwen/Qwen3-0\.6B|Qwen/Qwen3-4B"
 # What makes a command short, by its name
 SHORT = {
+    "prepare": "",
     "train": "--model_name_or_path MODEL --dtype float32 --load_in_4bit false --max_steps 1 --report_to none "
     "--gradient_accumulation_steps 1 --save_strategy no --eval_strategy no --attn_implementation eager",
     "score": "--model_name_or_path MODEL --load_in_4bit false --dtype float32 --attn_implementation eager",
@@ -72,6 +73,24 @@ def commands(name: str) -> list[list[str]]:
     return found
 
 
+def _write_raw_data(folder):
+    """What `trl-perce prepare` reads in the guide."""
+    ask = [{"role": "user", "content": "What should I buy?"}, {"role": "assistant", "content": "A set of needles."}]
+    users = [
+        {"user_id": f"user {n}", "name": f"Ann {n}", "notes": f"I am number {n}.", "messages": ask} for n in range(6)
+    ]
+    write_lines(folder / "logs.jsonl", users)
+    lines = [f"{user['user_id']},{user['name']},{user['notes']},What to buy?,Needles!" for user in users]
+    (folder / "export").mkdir()
+    (folder / "export" / "1.csv").write_text("\n".join(["user,name,notes,question,answer", *lines]))
+    (folder / "mails").mkdir()
+    for index in range(12):
+        head = (
+            f"From: a{index % 4}@example.com\nSubject: Mail {index}\nDate: Mon, {index + 1} Jan 2024 10:00:00 +0000\n"
+        )
+        (folder / "mails" / f"{index}.eml").write_text(f"{head}\nThis is mail number {index}.\n")
+
+
 @pytest.fixture
 def workspace(tmp_path, tiny_model, tokenizer, monkeypatch):
     """A folder with what the documentation speaks of."""
@@ -92,6 +111,7 @@ def workspace(tmp_path, tiny_model, tokenizer, monkeypatch):
     for folder, line in PUBLIC.items():  # from examples/get_data.py
         lines = [json.loads(json.dumps(line).replace("NUMBER", str(index))) for index in range(12)]
         write_splits(tmp_path / "data" / folder, train=lines[:10], test=lines[10:])
+    _write_raw_data(tmp_path)
     (tmp_path / ".cache" / "SmolLM2-135M-Instruct").mkdir(parents=True)  # from examples/smollm2.py
     write_lines(tmp_path / "my-secrets.jsonl", rows)
     (tmp_path / "me.txt").write_text("I sew my own dresses.")

@@ -87,7 +87,7 @@ def test_what_needs_no_model_loads_no_library():
     ]
     assert f"trl-perce {PROJECT['project']['version']}\n" in result.stdout
     assert "there is no command `trian`. Did you mean `train`?" in result.stderr
-    assert "There are: train, score" in result.stderr
+    assert "There are: prepare, train, score" in result.stderr
     assert result.stderr.count("Fine-tune a model with PerCE") == 1  # of no command at all
 
 
@@ -160,7 +160,7 @@ ROOMS = (
     ("trainer", "scoring", "history"),
     ("evaluation",),
     ("benchmarks",),
-    ("reproduce",),
+    ("reproduce", "prepare"),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

@@ -238,8 +238,8 @@ CHAT = [{"role": "user", "content": "Me: <persona>I sew</persona> What?"}]
         ),
         ({"query": "What?", "response": "x"}, "Rename 'query' to 'prompt' and 'response' to 'completion'"),
         ({"prompt": "What?", "response": "x"}, "Rename 'response' to 'completion'."),
-        ({"user": "u", "history": ["a"], "query": "q", "response": "r"}, "`python examples/make_rows.py rows FOLDER"),
-        ({"reviews": [{"overall": "5"}]}, "`python examples/make_rows.py reviews FOLDER"),
+        ({"user": "u", "history": ["a"], "query": "q", "response": "r"}, "`trl-perce prepare FILES --format rows"),
+        ({"reviews": [{"overall": "5"}]}, "`trl-perce prepare FILES --format reviews"),
         ({"colour": "red"}, "this one has 'colour'."),
     ],
 )

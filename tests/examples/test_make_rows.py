@@ -30,7 +30,7 @@ def test_own_histories(monkeypatch, tmp_path, capsys):
     rows = load_dataset(str(tmp_path / "out"))  # as the commands load it
     assert {split: len(own) for split, own in rows.items()} == {"train": 1, "test": 1}
     assert personas(rows["test"][0]) == ["I sew linen."]
-    assert "train.jsonl: 1 rows" in capsys.readouterr().out
+    assert "train              1 rows of 1 users" in capsys.readouterr().out
 
 
 def test_longlamp_and_lamp(monkeypatch, tmp_path):
@@ -80,15 +80,26 @@ def test_longlamp_and_lamp(monkeypatch, tmp_path):
 def test_what_is_missing_is_said(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, tmp_path, "make_rows.py", "lamp", tmp_path, tmp_path / "out")
-    assert "lamp needs --task" in capsys.readouterr().err
+    assert "'lamp' needs `task`" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(monkeypatch, tmp_path, "make_rows.py", "rows", tmp_path / "nowhere", tmp_path / "out")
     error = capsys.readouterr().err
-    assert "nowhere/train.jsonl" in error and len(error.splitlines()) == 1
+    assert "/nowhere'" in error and len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit):
-        run(monkeypatch, tmp_path, "make_rows.py", "rows", tmp_path, tmp_path / "out", "--validation_size", 0.1)
-    assert "needs `validation` among the --splits" in capsys.readouterr().err
+        run(
+            monkeypatch,
+            tmp_path,
+            "make_rows.py",
+            "rows",
+            tmp_path,
+            tmp_path / "out",
+            "--splits",
+            "train",
+            "--validation_size",
+            0.1,
+        )
+    assert "no `validation` is among the `splits`" in capsys.readouterr().err
 
 
 def test_validation_is_split_off_where_it_is_asked_for(monkeypatch, tmp_path, capsys):

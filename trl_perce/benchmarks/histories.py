@@ -22,7 +22,7 @@ The wording of the prompts is ours.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -46,6 +46,7 @@ def load(
     max_words: int | None = None,
     seed: int = 0,
     validation_size: float | None = None,
+    skips: Skips | None = None,
 ) -> list[HistoryRow]:
     """
     Load rows with their users' histories.
@@ -64,6 +65,7 @@ def load(
         validation_size (`float`, *optional*): Where there is no `validation.jsonl`: the share of the users of `train.jsonl`, the
             last ones, that `"validation"` takes and `"train"` leaves out, such as `0.1`. Give it for both splits. The log
             counts the users.
+        skips ([`~trl_perce.benchmarks.reading.Skips`], *optional*): Counts what is left out, instead of the log.
 
     Returns:
         `list[HistoryRow]`: In the order of the file. Rows that were left out are counted in the log.
@@ -84,27 +86,70 @@ def load(
     taken = {*users} if validation_size is None else _side(split, users, validation_size, file)
     if validation_size is None and split != "train":
         _warn_of_shared_users(records, file, format)
-    skips, rows, rng = Skips(), [], Random(seed)
-    for number, (record, user) in enumerate(zip(records, users, strict=True)):
-        if user not in taken:
+    counted = Skips() if skips is None else skips
+    rows = make_rows(
+        records,
+        format,
+        lambda number: f"{file}, record {number + 1}",
+        counted,
+        rows_per_user=rows_per_user,
+        turns=turns,
+        max_words=max_words,
+        seed=seed,
+        users=[user if user in taken else None for user in users],
+    )
+    if skips is None:
+        counted.log(logger, f"rows of {file}")
+    if not rows:
+        raise ValueError(f"{file}: no row is left of {len(records)} records; the log says why.")
+    if num_rows is not None and len(rows) < num_rows:
+        logger.warning(f"There are {len(rows)} usable rows of {file} and not {num_rows}: all are taken.")
+    return sample(rows, num_rows, seed)
+
+
+def make_rows(
+    records: list[dict[str, Any]],
+    format: str,
+    where: Callable[[int], str],
+    skips: Skips,
+    rows_per_user: int | None = 2,
+    turns: int = 3,
+    max_words: int | None = None,
+    seed: int = 0,
+    users: Sequence[str | None] | None = None,
+) -> list[HistoryRow]:
+    """
+    Rows of records that are read already; the other arguments are those of [`load`].
+
+    Args:
+        records (`list[dict[str, Any]]`): The records.
+        format (`str`): What they are.
+        where (`Callable[[int], str]`): Names a record by its number, for messages.
+        skips ([`~trl_perce.benchmarks.reading.Skips`]): Counts what is left out.
+        users (`Sequence[str | None]`, *optional*): The user of each record; `None` of one that is not wanted. By default as
+            the format tells them.
+
+    Returns:
+        `list[HistoryRow]`: In the order of the records.
+
+    Raises:
+        `ValueError`: A record lacks a key; the message names it.
+    """
+    rows: list[HistoryRow] = []
+    rng = Random(seed)
+    for number, (record, user) in enumerate(zip(records, users or _users(records, format), strict=True)):
+        if user is None:
             continue
         try:
             made = [row for row in _FORMATS[format](record, number, user, turns) if _is_usable(row, max_words, skips)]
         except (KeyError, TypeError, AttributeError) as error:
             what = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
-            raise ValueError(
-                f"{file}, record {number + 1}: {what}. A record of `{format}` is {_SHAPES[format]}."
-            ) from error
+            raise ValueError(f"{where(number)}: {what}. A record of `{format}` is {_SHAPES[format]}.") from error
         if format != "rows" and rows_per_user is not None and len(made) > rows_per_user:
             skips.add(f"more than {rows_per_user} of a record (`rows_per_user`)", len(made) - rows_per_user)
             made = [made[index] for index in sorted(rng.sample(range(len(made)), rows_per_user))]
-        rows += made
-    skips.log(logger, f"rows of {file}")
-    if not rows:
-        raise ValueError(f"{file}: no row is left of {len(records)} records; the log says why.")
-    if num_rows is not None and len(rows) < num_rows:
-        logger.warning(f"There are {len(rows)} usable rows of {file} and not {num_rows}: all are taken.")
-    return sample([_to_row(row) for row in rows], num_rows, seed)
+        rows += map(_to_row, made)
+    return rows
 
 
 def _check_split(split: str, folder: Path, format: str, validation_size: float | None) -> None:

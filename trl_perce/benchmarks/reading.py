@@ -35,7 +35,17 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
             than objects. The message names the file and the line, or the item of the list.
     """
     path = _existing(path)
-    text = _read_text(path)
+    return parse_records(_read_text(path), path)
+
+
+def parse_records(text: str, path: Path) -> list[dict[str, Any]]:
+    """
+    As [`read_records`], of a text that is read already.
+
+    Args:
+        text (`str`): What stands in the file.
+        path (`Path`): The file, for messages.
+    """
     if not text.strip():
         raise ValueError(f"{path} is empty. Download it again.")
     if text.lstrip()[0] == "[":

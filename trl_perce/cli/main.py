@@ -12,12 +12,15 @@ from typing import NoReturn
 from .. import __version__
 from ..utils.files import find_shipped
 from ..utils.screen import fit_warnings
-from . import aloe, evaluate, reproduce, score, train
+from . import aloe, evaluate, prepare, reproduce, score, train
 from .common import KEPT, explain_stops
 
 
 # One module a command, with `HELP`, `make_parser()` and `run(argv)`
-COMMANDS = {"train": train, "score": score, "evaluate": evaluate, "aloe": aloe, "reproduce": reproduce}
+COMMANDS = {
+    **{"prepare": prepare, "train": train, "score": score, "evaluate": evaluate},
+    **{"aloe": aloe, "reproduce": reproduce},
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     ]
     if command == "train":  # which may do its work in other processes
         return train.run(argv[1:])
-    with explain_stops(f"trl-perce {command}", lambda: KEPT):
+    kept = "Start it again: each file is whole, or as it was." if command == "prepare" else KEPT
+    with explain_stops(f"trl-perce {command}", lambda: kept):
         return COMMANDS[command].run(argv[1:])
 
 

@@ -21,6 +21,7 @@ _SHOWN = {
     ),
     "Likelihood of the references, in nats a token": ("log_likelihood/personal", "log_likelihood/other"),
     "What the persona adds to it": ("pir/personal", "pir/other"),
+    "Which of the options is chosen: share that is right, and nats": ("options/",),
     "The judge's ratings, 1 to 5": ("judge/",),
     "Answers: tokens, and the share that ended before the limit": ("num_tokens", "finished"),
 }

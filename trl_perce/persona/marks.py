@@ -28,7 +28,7 @@ _BORDER = "\ufdd0"
 
 
 # Roles of other formats (ShareGPT's `from`, Gemini's, OASST's) → those that chat templates know
-_ROLES = {
+ROLES = {
     **{name: name for name in ("system", "developer", "user", "assistant", "tool", "function", "ipython")},
     **dict.fromkeys(("human", "prompter"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "bot", "chatbot", "model", "ai"), "assistant"),
@@ -243,8 +243,18 @@ def _find_near_pair(text: str, start_marker: str) -> str | None:
     return None
 
 
+def is_missing(value: Any) -> bool:
+    """
+    Whether a persona, or a user's name, is none: nothing, white space, NaN, or what such a value becomes when it is written as text.
+
+    Args:
+        value (`Any`): A cell of a table.
+    """
+    return value is None or value != value or str(value).strip().casefold() in {"", *_MISSING}
+
+
 def _check_not_missing(persona: str) -> None:
-    if persona.strip().casefold() in _MISSING:
+    if is_missing(persona):
         raise PersonaError(
             f"the persona is {persona.strip()!r}, as a missing value becomes when it is written as text. Leave the persona empty "
             "where there is none (in pandas: `df['persona'].fillna('')`)."
@@ -308,7 +318,7 @@ def _name_roles(example: dict[str, Any]) -> None:
         messages = example.get(column)
         for index, message in enumerate(messages if isinstance(messages, list) else ()):
             role = message.get("role") if isinstance(message, dict) else None
-            name = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+            name = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
             if name is None:
                 raise PersonaError(
                     f"message {index} of {column!r} has the role {role!r}, which chat templates do not know. Write 'system', "

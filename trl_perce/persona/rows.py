@@ -100,10 +100,10 @@ def find_bad_line(path: str | Path) -> str | None:
 
 
 # Columns of other formats, the likelier ones first
-_PROMPTS = ("instruction", "question", "query", "input", "user", "problem", "prompt")
-_RESPONSES = ("output", "answer", "response", "target", "solution", "chosen", "assistant", "completion")
-# A column of a history → the kind of `examples/make_rows.py` that reads such files
-_HISTORIES = {"history": "rows", "reviews": "reviews", "posts": "posts", "user_2_persona": "chats", "profile": "lamp"}
+PROMPTS = ("instruction", "question", "query", "input", "user", "problem", "prompt")
+RESPONSES = ("output", "answer", "response", "target", "solution", "chosen", "assistant", "completion")
+# A column of a history → the format of `trl-perce prepare` that reads such files
+HISTORIES = {"history": "rows", "reviews": "reviews", "posts": "posts", "user_2_persona": "chats", "profile": "lamp"}
 
 
 def suggest_columns(columns: Iterable[str]) -> str:
@@ -119,14 +119,14 @@ def suggest_columns(columns: Iterable[str]) -> str:
     columns = [*columns]
     if "messages" in columns or {"prompt", "completion"} <= {*columns}:
         return ""
-    kind = next((kind for column, kind in _HISTORIES.items() if column in columns), None)
+    kind = next((kind for column, kind in HISTORIES.items() if column in columns), None)
     if kind is not None:
         return (
-            f" This looks like a file of users' histories: `python examples/make_rows.py {kind} FOLDER data/mine` makes rows of "
-            "the files in FOLDER."
+            f" This looks like a file of users' histories: `trl-perce prepare FILES --format {kind} --output_dir data/mine` makes "
+            "rows of it."
         )
-    prompt = next((name for name in _PROMPTS if name in columns), None)
-    response = next((name for name in _RESPONSES if name in columns), None)
+    prompt = next((name for name in PROMPTS if name in columns), None)
+    response = next((name for name in RESPONSES if name in columns), None)
     if prompt is None or response is None:
         return ""
     renamed = [
