@@ -187,7 +187,7 @@ def test_submission_of_the_test_split(tmp_path):
         ([], "no predictions to write"),
         ([{"id": "1", "prediction": "x"}], "1 ids of .* have no prediction: '2'"),
         ([{"id": id, "prediction": "x"} for id in "1234"], "2 ids of .* are predicted and not asked: '3', '4'"),
-        ([{"id": "1", "prediction": "x"}] * 2, "prediction 1: the id '1' stands there twice"),
+        ([{"id": "1", "prediction": "x"}] * 2, "prediction 1: the id '1' occurs twice"),
         ([{"id": None, "prediction": "x"}], "prediction 0: 'id' is NoneType"),
         ([{"id": "1"}], "prediction 0: there is no 'prediction'"),
         ([{"id": "1", "prediction": None}], "prediction 0: 'prediction' is NoneType"),

@@ -199,7 +199,7 @@ def test_wrong_arguments(tmp_path, wrong):
 
 def test_repeated_ids(tmp_path):
     path = write(tmp_path / "train.jsonl", [{**TOPIC, "id": "1"}, {**TOPIC, "id": 1}])
-    with pytest.raises(ValueError, match="1 ids stand there more than once: '1'"):
+    with pytest.raises(ValueError, match="1 ids occur more than once: '1'"):
         longlamp.load("train", "topic_writing", path=path)
 
 

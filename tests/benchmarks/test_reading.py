@@ -99,7 +99,7 @@ def test_values_are_checked():
     with pytest.raises(ValueError, match="'none' is NoneType None. It must be a list"):
         take(record, "none", list, "f")
     check_unique(["a", "b"], "f")
-    with pytest.raises(ValueError, match="f: 6 ids stand there more than once: 'a', 'b', 'c', 'd', 'e', …"):
+    with pytest.raises(ValueError, match="f: 6 ids occur more than once: 'a', 'b', 'c', 'd', 'e', …"):
         check_unique(list("abcdef" * 2), "f")
 
 

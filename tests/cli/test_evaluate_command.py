@@ -220,7 +220,7 @@ def test_likelihoods_by_hand():
     assert likelihoods.sums["log_likelihood/personal"].tolist() == [-1, -10, 0]
     skipped = token_likelihoods(own, [TokenScores.left_out(0, "why"), *reference[1:]])
     assert skipped.counts["log_likelihood/other"].tolist() == [0, 0, 1]
-    with pytest.raises(ValueError, match="row 1: the tokens of its response are others in `reference`"):
+    with pytest.raises(ValueError, match="row 1: its response has other tokens in `reference`"):
         token_likelihoods(own, [reference[0], make_scores(1, [-1], [2]), reference[2]])
     with pytest.raises(ValueError, match="3 rows of scores and 2 in `reference`"):
         token_likelihoods(own, reference[:2])

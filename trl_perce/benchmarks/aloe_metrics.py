@@ -156,7 +156,9 @@ def aloe_records(
     figures["n_ir"] = (result["n_ir"], result["conversations"])
     undefined = [metric for metric, (figure, _) in figures.items() if figure["value"] is None]
     if undefined:
-        logger.warning(f"ALOE, {model}, {method}: no value for {', '.join(undefined)}, for want of ratings or rounds")
+        logger.warning(
+            f"ALOE, {model}, {method}: no value for {', '.join(undefined)}, since ratings or rounds are missing"
+        )
     run: dict[str, Any] = {"model": model, "train_task": train_task, "task": "aloe", "method": method}
     run |= {"learning_rate": learning_rate, "clip": None if clip is None else list(clip), "seed": seed}
     return [

@@ -86,7 +86,7 @@ def load(
             f"{name}: {len(rows) - len(answered)} of {len(rows)} questions have no answer and are left out."
         )
     if not answered:
-        raise ValueError(f"{name}: there is no question with an answer in {path or _HUB[name][0]}.")
+        raise ValueError(f"{name}: no question has an answer in {path or _HUB[name][0]}.")
     if num_rows is None or num_rows >= len(answered):
         logger.info(f"{name}: all {len(answered)} questions.")
         return answered
@@ -189,7 +189,9 @@ def _read(path: str | Path, kind: type, expected: str) -> Any:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read as JSON; is it downloaded whole, and unpacked? {error}") from error
+        raise ValueError(
+            f"{path} cannot be read as JSON; was it downloaded completely, and unpacked? {error}"
+        ) from error
     if not isinstance(content, kind):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}, not {expected}.")
     return content

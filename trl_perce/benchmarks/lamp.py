@@ -106,7 +106,7 @@ def load(
         its id. Questions without history or output are left out and counted in a warning, and replaced by others.
 
     Raises:
-        `ValueError`: An argument, file or column is wrong, an id stands there twice, or the two files do not belong together; the
+        `ValueError`: An argument, file or column is wrong, an id occurs twice, or the two files do not belong together; the
             message says which.
         `FileNotFoundError`: There is no such file.
     """
@@ -155,7 +155,7 @@ def write_submission(
             in its order.
 
     Raises:
-        `ValueError`: There are no predictions, one has no id or no text, an id stands there twice, or the ids are not the questions'.
+        `ValueError`: There are no predictions, one has no id or no text, an id occurs twice, or the ids are not the questions'.
     """
     take_choice(task, "task", TASKS)
     outputs = {}
@@ -163,7 +163,7 @@ def write_submission(
         where = f"prediction {index}"
         row_id = str(take(line, "id", (str, int), where))
         if row_id in outputs:
-            raise ValueError(f"{where}: the id {row_id!r} stands there twice.")
+            raise ValueError(f"{where}: the id {row_id!r} occurs twice.")
         outputs[row_id] = take(line, "prediction", str, where)
     if not outputs:
         raise ValueError("There are no predictions to write.")

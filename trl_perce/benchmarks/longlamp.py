@@ -90,7 +90,7 @@ def load(
         others.
 
     Raises:
-        `ValueError`: An argument, file or column is wrong, or an id stands there twice; the message says which.
+        `ValueError`: An argument, file or column is wrong, or an id occurs twice; the message says which.
         `FileNotFoundError`: There is no such file.
         `OSError`: The Hub does not answer, or has no such data.
     """

@@ -173,12 +173,12 @@ def to_days(value: int | float | str, where: str) -> float:
 def check_unique(ids: Iterable[str], where: str) -> None:
     """
     Raises:
-        `ValueError`: An id stands there twice. The message begins with `where` and names up to five of them.
+        `ValueError`: An id occurs twice. The message begins with `where` and names up to five of them.
     """
     repeated = [name for name, count in Counter(ids).items() if count > 1]
     if repeated:
         shown = ", ".join(map(repr, repeated[:5])) + (", …" if len(repeated) > 5 else "")
-        raise ValueError(f"{where}: {len(repeated)} ids stand there more than once: {shown}. Each id must be unique.")
+        raise ValueError(f"{where}: {len(repeated)} ids occur more than once: {shown}. Each id must be unique.")
 
 
 def random_order(num_items: int, seed: int) -> list[int]:

@@ -180,7 +180,7 @@ def _train(script_args, training_args, model_args, dataset_args):
         checkpoint, damages = last_whole_checkpoint(training_args.output_dir)
         trainer.accelerator.print(
             *(f"{damage}: it is passed over." for damage in damages),
-            f"Resuming from {checkpoint}." if checkpoint else "No checkpoint yet: starting anew.",
+            f"Resuming from {checkpoint}." if checkpoint else "No checkpoint yet: starting from the beginning.",
             sep="\n",
         )
     trainer.card_dataset = (

@@ -135,9 +135,7 @@ class Evaluation:
         baseline = self.options.baseline
         self.baseline = None if baseline is None else read_baseline(baseline, self.prompts)
         if settings is None and self.base is None:
-            raise ValueError(
-                "`settings` is missing, which tells this model's results from another one's. Give its name."
-            )
+            raise ValueError("`settings` is missing: a name that tells this model's results from another's.")
         names = {"model": self.base, "adapter": self.adapter}
         self.settings = {
             **(names if settings is None else settings),

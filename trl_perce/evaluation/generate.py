@@ -434,7 +434,7 @@ class _FiniteLogits(LogitsProcessor):
         if bad.any():
             rows = ", ".join(str(row) for row, is_bad in zip(self._rows, bad.tolist(), strict=True) if is_bad)
             raise FloatingPointError(
-                f"Row {rows}: the model's logits are NaN or infinite. Look at what it holds, or load the model in bfloat16 or "
+                f"Row {rows}: the model's logits are NaN or infinite. Check the row, or load the model in bfloat16 or "
                 "float32 instead of float16 (`dtype`)."
             )
         return scores

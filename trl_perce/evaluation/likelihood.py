@@ -175,6 +175,6 @@ def _check_same(scores: Sequence[TokenScores], others: Sequence[TokenScores], na
         both = own.skipped is None and other.skipped is None
         if own.row != other.row or (both and own.tokens != other.tokens):
             raise ValueError(
-                f"row {own.row}: the tokens of its response are others in `{name}`. Score the same rows with the same "
+                f"row {own.row}: its response has other tokens in `{name}`. Score the same rows with the same "
                 "tokenizer, chat template and `max_length`."
             )

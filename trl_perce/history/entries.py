@@ -70,7 +70,7 @@ class HistoryRow:
         count = sum(message["content"].count(PLACEHOLDER) for message in self.prompt)
         if count != 1:
             raise ValueError(
-                f"Row {self.id!r}: the prompt holds {PLACEHOLDER!r} {count} times. It must stand there once, where the history "
+                f"Row {self.id!r}: the prompt holds {PLACEHOLDER!r} {count} times. It must occur once, where the history "
                 "goes; if the user's own text holds it, leave the row out."
             )
         if not self.response.strip():

@@ -169,7 +169,7 @@ def mark_persona(
         if is_response:
             if in_markers or (in_column and persona is not None):
                 raise PersonaError(
-                    f"the persona is inside of the response ({where[0]!r}): {_excerpt(text, 0)}. The response must not "
+                    f"the persona is in the response ({where[0]!r}): {_excerpt(text, 0)}. The response must not "
                     "change when the persona is taken away: move the persona to the prompt."
                 )
             continue
@@ -193,7 +193,7 @@ def mark_persona(
 
     if near and not (has_markers or has_placeholder):
         raise PersonaError(
-            f"{near}, which looks like a persona in markers and is none. Write {start_marker}…{end_marker}, letter by letter. If the "
+            f"{near}, which looks like a persona marker but is not one. Write {start_marker}…{end_marker}, letter by letter. If the "
             "text is meant as it is, choose other markers (`persona_start_marker`, `persona_end_marker`)."
         )
     if has_markers and (persona or has_placeholder):
@@ -470,7 +470,7 @@ def render_messages(
             **{**(example.get("chat_template_kwargs") or {}), **kwargs},
         )
     except TemplateError as error:
-        raise PersonaError(f"the chat template does not take this conversation: {error}") from error
+        raise PersonaError(f"the chat template rejects this conversation: {error}") from error
 
 
 def persona_turns(example: dict[str, Any], spans: list[Span]) -> list[tuple[str, int]]:

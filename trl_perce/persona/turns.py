@@ -128,7 +128,7 @@ def assistant_spans(
             part = render_messages(example, messages[:count], tokenizer, chat_template, add_generation_prompt=prompt)
             if not text.startswith(part):
                 raise PersonaError(
-                    f"the assistant's turn (message {index}) cannot be told from the rest: the chat template renders the "
+                    f"the assistant's turn (message {index}) cannot be told apart from the rest: the chat template renders the "
                     f"first {count} messages{' with the generation prompt' if prompt else ''} otherwise than within the whole "
                     "conversation. Use a chat template with {% generation %} marks (`chat_template_path`), or write each "
                     "reply as a row with 'prompt' and 'completion'. `assistant_only_loss: false` trains every token."

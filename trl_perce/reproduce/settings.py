@@ -208,7 +208,7 @@ def _checked(loaded: dict[str, Any]) -> Settings:
             raise ValueError(f"`clip_ranges`: {clip!r} is not a pair of bounds. Write such as [0.8, 5.0].")
     tasks = {name: _task(name, task, loaded.get("data_dir")) for name, task in loaded["tasks"].items()}
     if loaded.get("data_dir") is not None and not any("path" in task.options for task in tasks.values()):
-        raise ValueError("`data_dir` is given, and no task has a `path`, which would be seen from there.")
+        raise ValueError("`data_dir` is given, and no task has a `path`, to be relative to it.")
     return Settings(
         **loaded
         | {

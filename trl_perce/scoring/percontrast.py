@@ -236,7 +236,7 @@ class PerContrast:
     def _nonfinite(self, row: dict[str, Any]) -> TokenScores:
         if self.args.on_nonfinite == "stop":
             raise FloatingPointError(
-                f"Row {row['_row']}: {NONFINITE}. Look at what it holds, or score in bfloat16 or float32 instead of float16; "
+                f"Row {row['_row']}: {NONFINITE}. Check the row, or score in bfloat16 or float32 instead of float16; "
                 "`on_nonfinite='skip'` leaves such rows out."
             )
         logger.warning(f"Row {row['_row']} is left out: {NONFINITE}.")

@@ -67,7 +67,7 @@ class CheckpointMixin(Trainer):
             whole = last_whole_checkpoint(self.args.output_dir)[0]
             raise CheckpointError(
                 f"The checkpoint of step {self.state.global_step} could not be written: {error} "
-                + (f"The last whole one is {whole}." if whole else "There is no whole one yet.")
+                + (f"The last complete one is {whole}." if whole else "There is no complete one yet.")
             ) from error
 
     def _save_rng_state(self, output_dir):

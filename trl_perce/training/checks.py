@@ -85,12 +85,12 @@ def check_model(model, kwargs: dict[str, Any]) -> None:
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
         raise ValueError(
             f"{model!r} is an adapter, of the model {base!r}. Write the model (`model_name_or_path`) to train a new adapter on it; "
-            "`resume_from_checkpoint` goes on with a run. To train this adapter further, pass the trainer "
+            "`resume_from_checkpoint` continues a run. To train this adapter further, pass the trainer "
             "`PeftModel.from_pretrained(base_model, folder, is_trainable=True)`."
         )
     if kwargs.get("quantization_config") is not None and kwargs.get("peft_config") is None:
         raise ValueError(
-            "A model in 4 or 8 bit is trained through an adapter alone. Set `use_peft` (`peft_config`), or leave out "
+            "A model in 4 or 8 bit can only be trained through an adapter. Set `use_peft` (`peft_config`), or leave out "
             "`load_in_4bit` and `load_in_8bit` (`quantization_config`)."
         )
 
@@ -138,7 +138,7 @@ def _check_packing(args: PerCEConfig) -> None:
         )
     if args.eval_packing and not args.packing:
         raise ValueError(
-            "`eval_packing=True` without `packing=True` pads packed rows, in which documents see each other (TRL 1.16). Set "
+            "`eval_packing=True` without `packing=True` pads packed rows, whose documents see each other (TRL 1.16). Set "
             "`packing=True` too, or `eval_packing=False`."
         )
     if args.max_length is None:

@@ -94,12 +94,12 @@ class FiniteCheck:
             return False
         if self.action == "skip":
             raise FloatingPointError(
-                f"{message} It is step {self._in_a_row} in a row: the model itself is broken. Go on from an earlier checkpoint "
+                f"{message} It is step {self._in_a_row} in a row: the model itself is broken. Continue from an earlier checkpoint "
                 "with a lower `learning_rate`."
             )
         before = "" if self.accelerator.distributed_type == DistributedType.DEEPSPEED else ", before the step was made"
         raise FloatingPointError(
-            f"{message} Training stops{before}. Look at what these rows hold, lower `learning_rate`, or train in bfloat16 or "
+            f"{message} Training stops{before}. Check these rows, lower `learning_rate`, or train in bfloat16 or "
             "float32 instead of float16; `on_nonfinite: skip` leaves such steps out."
         )
 

@@ -182,7 +182,7 @@ def keep_settings(path: str | Path, settings: dict[str, Any], started: bool) -> 
         if differing:
             raise ValueError(
                 f"{path.parent} holds results that were made with other settings: {'; '.join(differing)}. Choose another "
-                "`output_dir`, or set `overwrite` to start anew."
+                "`output_dir`, or set `overwrite` to start over."
             )
     write_json(path, settings)
 
