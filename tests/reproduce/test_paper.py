@@ -9,8 +9,9 @@ from conftest import ROOT
 from trl_perce.reproduce.paper import QUOTES, Quote, load_quotes, quoted
 
 
-TASKS = {None, "abstract_generation", "product_review", "topic_writing", "aloe"}
-MODELS = {None, "Qwen3-4B", "Qwen3-14B", "Llama-3.1-8B-Instruct"}
+TASKS = {None, "abstract_generation", "product_review", "topic_writing", "aloe", "average", "hotpotqa", "drop"}
+TASKS |= {"headlines", "titles", "tweets"}  # of recipes/reproduce/lamp.yaml
+MODELS = {None, "Qwen3-4B", "Qwen3-14B", "Llama-3.1-8B-Instruct", "Qwen3-30B-A3B-Instruct-2507"}
 ROW = {
     "table": 11,
     "metric": "f1",
@@ -39,8 +40,24 @@ def test_quotes_name_known_things_and_no_cell_twice():
     for quote in QUOTES:
         assert "https://" in quote.source
         assert {quote.task, quote.train_task} <= TASKS and quote.model in MODELS
-        assert quote.method in (None, "ce", "perce")
+        assert quote.method in (None, "ce", "lossce", "entce", "perce")
         assert quote.table is not None or quote.note  # what is of no known cell says what it is
+
+
+def test_the_whole_paper_is_there():
+    """Counts of its cells by hand: Table 1 has 2 metrics of 3 models, 3 tasks and an average, and 4 methods."""
+    numbers = {
+        table: sum(quote.table == table and "_gain" not in quote.metric for quote in QUOTES) for table in range(1, 13)
+    }
+    assert numbers[1] == 2 * 3 * 4 * 4 and numbers[4] == numbers[9] == 6 * 6 and numbers[12] == 27
+    assert min(numbers.values()) > 0
+    # Read in the text of the paper
+    qwen = {"model": "Qwen3-4B", "train_task": "abstract_generation", "task": "abstract_generation"}
+    assert quoted(1, "rougeL", method="ce", **qwen) == 37.27
+    assert quoted(2, "rougeL_variance", method="perce", **qwen) == 1.8
+    assert quoted(12, "rougeL", method="perce", clip=(0.2, 2), **qwen) == 32.47
+    assert quoted(5, "rougeL", "Qwen3-4B", "headlines", "headlines", "perce") == 16.1
+    assert quoted(7, "adam_beta2") == 0.999 and quoted(7, "learning_rate_max") == 5e-5
 
 
 def test_recipes_are_as_quoted():
@@ -65,11 +82,13 @@ def test_a_cell_is_found_by_all_of_its_fields():
     assert quoted(12, "rougeL", task="topic_writing", clip=(0.8, 5.0), quotes=[swept]) is None
 
 
-def test_figures_of_no_known_cell_stand_beside_no_result():
-    loose = next(quote for quote in QUOTES if quote.metric == "rougeL" and quote.value == 27.84)
+def test_figures_of_another_scale_stand_beside_no_result():
+    assert quoted(10, "judge/personalization", "Qwen3-14B", "product_review", "product_review", "ce") is None
+    loose = next(quote for quote in QUOTES if quote.metric == "word_matching_f1")
+    assert loose.table is None and loose.value == 41
     for table in range(1, 13):
-        assert quoted(table, "rougeL", task="product_review") is None
-        assert quoted(table, "rougeL", task="product_review", quotes=[replace(loose, table=table)]) == 27.84
+        assert quoted(table, "word_matching_f1", loose.model) is None
+        assert quoted(table, "word_matching_f1", loose.model, quotes=[replace(loose, table=table)]) == 41
 
 
 def test_a_users_file_goes_first(write):

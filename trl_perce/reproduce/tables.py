@@ -12,6 +12,7 @@ from ..utils.files import write_text
 from ..utils.markdown import table
 from .layout import Part, make_tables
 from .number import Number, Quoted
+from .paper import ODDITIES
 from .plots import write_plots
 from .results import Results
 
@@ -141,6 +142,8 @@ def _as_markdown(made: dict[int, list[Part]], plots: dict[int, list[Path]]) -> s
             ]
             notes += part.notes
         sections += _explanations(parts)
+        if parts and number in ODDITIES:
+            sections.append(ODDITIES[number])
         sections += [f"![{TITLES[number]}]({path.name})" for path in plots.get(number, [])]
     return "\n\n".join(sections) + "\n"
 
