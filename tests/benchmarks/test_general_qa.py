@@ -239,7 +239,7 @@ def without(record, name):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("hotpotqa", '[{"_id": "5a8', "cannot be read as JSON; is it downloaded whole"),
+        ("hotpotqa", '[{"_id": "5a8', "cannot be read as JSON; was it downloaded completely"),
         ("hotpotqa", DROP, "holds a JSON dict, not a list of questions"),
         ("drop", HOTPOTQA, "holds a JSON list, not an object of passages"),
         (
@@ -261,8 +261,8 @@ def without(record, name):
             {"p": {"passage": "x", "qa_pairs": [{"question": "?", "query_id": "q", "answer": {"text": "x"}}]}},
             "passage 'p', question 0: the answer {'text': 'x'} has none of 'number'",
         ),
-        ("hotpotqa", [{**HOTPOTQA[0], "answer": " "}], "there is no question with an answer"),
-        ("drop", {}, "there is no question with an answer"),
+        ("hotpotqa", [{**HOTPOTQA[0], "answer": " "}], "no question has an answer"),
+        ("drop", {}, "no question has an answer"),
     ],
 )
 def test_a_file_that_is_wrong_is_refused(write, name, content, message):

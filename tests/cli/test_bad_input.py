@@ -52,7 +52,7 @@ def attempt(make_args, tokenizer):
         ({"prompt": "Me: I sew</persona>", "completion": "x"}, "'</persona>' without '<persona>'"),
         ({"prompt": "<persona>I <persona>sew</persona></persona>", "completion": "x"}, "inside of another persona"),
         ({"prompt": "Me: {persona}", "completion": "x"}, "there is no column 'persona'"),
-        ({"prompt": "Me: What?", "completion": "<persona>x</persona>"}, "inside of the response"),
+        ({"prompt": "Me: What?", "completion": "<persona>x</persona>"}, "is in the response"),
     ],
 )
 def test_rows_that_are_unclear_are_named(attempt, row, reason):
@@ -421,7 +421,7 @@ def test_a_tracker_that_is_not_there(attempt, tracker, reason):
 
 
 def test_four_bits_without_an_adapter(attempt):
-    with pytest.raises(ValueError, match="through an adapter alone. Set `use_peft`"):
+    with pytest.raises(ValueError, match="only be trained through an adapter. Set `use_peft`"):
         attempt([GOOD], trainer_kwargs={"quantization_config": BitsAndBytesConfig(load_in_4bit=True)})
 
 

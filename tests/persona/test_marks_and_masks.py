@@ -152,9 +152,9 @@ def test_an_empty_column_is_no_persona(empty):
         ({"prompt": "a b", "completion": "c", "persona": "I sew"}, "no '{persona}' in the prompt"),
         ({"prompt": "<persona>x</persona> {persona}", "completion": "c", "persona": "I sew"}, "both ways"),
         ({"prompt": "<persona>x</persona>", "completion": "c", "persona": "I sew"}, "both ways"),
-        ({"prompt": "a", "completion": "<persona>c</persona>"}, "inside of the response"),
-        ({"prompt": "a", "completion": "c {persona}", "persona": "I sew"}, "inside of the response"),
-        ({"messages": [{"role": "assistant", "content": "<persona>c</persona>"}]}, "inside of the response"),
+        ({"prompt": "a", "completion": "<persona>c</persona>"}, "is in the response"),
+        ({"prompt": "a", "completion": "c {persona}", "persona": "I sew"}, "is in the response"),
+        ({"messages": [{"role": "assistant", "content": "<persona>c</persona>"}]}, "is in the response"),
         ({"prompt": "a {persona}", "completion": "c", "persona": ["I", "sew"]}, "holds a list. Write one string"),
         ({"prompt": "a"}, "column 'completion' is missing"),
         ({"question": "a"}, "column 'text' is missing"),
@@ -220,7 +220,7 @@ def test_a_template_that_loses_or_repeats_the_persona_is_named(tokenizer):
     example, spans = mark_persona({"messages": [{"role": "user", "content": "<persona>I sew.</persona>"}]})
     with pytest.raises(PersonaError, match="rendered 2 of 1 personas"):
         render(example, spans, tokenizer, REPEATING)
-    with pytest.raises(PersonaError, match="does not take this conversation.*must alternate"):
+    with pytest.raises(PersonaError, match="rejects this conversation.*must alternate"):
         messages = [{"role": "system", "content": "<persona>x</persona>"}, {"role": "user", "content": "Hi"}]
         render(*mark_persona({"messages": messages}), tokenizer, MISTRAL)
 
