@@ -280,6 +280,28 @@ def test_a_folder_of_mails(tmp_path):
     assert summary(tmp_path)["secrets"] == {"phone": 4, "texts": 4, "masked": True}
 
 
+def test_secrets_in_options_are_masked(tmp_path):
+    options = ["Write to ann@example.com.", "Write a letter."]
+    record = {
+        "preference": "I like mail.",
+        "question": "What now?",
+        "response": "Write.",
+        "options": options,
+        "answer": 0,
+    }
+    lines = [{**record, "preference": f"I like mail {index}."} for index in range(6)]
+    rows = rows_of(
+        tmp_path,
+        write_lines(tmp_path / "p.jsonl", lines),
+        "--format",
+        "preferences",
+        "--mask_secrets",
+        "--retrieval",
+        "recency",
+    )
+    assert rows and all(row["options"] == ["Write to [email].", "Write a letter."] for row in rows)
+
+
 # ── what always holds ────────────────────────────────────────────────────────────────────────────────────────────────
 
 names = st.sampled_from([f"user {index}" for index in range(9)])

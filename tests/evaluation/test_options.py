@@ -8,10 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rows import write_splits
 from trl_perce import PersonaError
+from trl_perce.benchmarks import histories
 from trl_perce.evaluation.arguments import EvaluationArguments, GenerationArguments
 from trl_perce.evaluation.evaluate import evaluate
 from trl_perce.evaluation.options import option_rows
+from trl_perce.history.entries import to_example
 
 
 def make_rows():
@@ -75,6 +78,23 @@ def test_the_option_that_is_chosen(tmp_path, tiny_model, tokenizer):
     assert metrics["options/pir"]["mean"] == pytest.approx(np.mean(gains))
     assert metrics["options/pir_margin"]["mean"] == pytest.approx(np.mean(margins), abs=1e-4)
     assert (tmp_path / "eval" / "scores_options" / "scores.jsonl").is_file()
+
+
+def test_preferences_keep_their_options(tmp_path):
+    record = {
+        "preference": "I sew.",
+        "question": "What now?",
+        "response": "Sew.",
+        "options": ["Sew.", "Run."],
+        "answer": 0,
+    }
+    write_splits(tmp_path, train=[record])
+    (row,) = histories.load("train", tmp_path, format="preferences")
+    example = to_example(row, row.history)
+    assert (example["options"], example["answer"]) == (["Sew.", "Run."], 0)
+    write_splits(tmp_path, train=[{**record, "options": "Sew."}])
+    with pytest.raises(ValueError, match="`options` is 'Sew.' and no list of texts"):
+        histories.load("train", tmp_path, format="preferences")
 
 
 def test_options_of_messages_are_answers():

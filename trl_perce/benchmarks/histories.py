@@ -364,6 +364,9 @@ def _alternating(said: list[dict[str, Any]]) -> list[str]:
 
 
 def _preference_rows(record: dict[str, Any], number: int, user: str, turns: int) -> Iterator[dict[str, Any]]:
+    options = record.get("options")
+    if options is not None and not (isinstance(options, list) and all(isinstance(option, str) for option in options)):
+        raise TypeError(f"`options` is {options!r} and no list of texts")
     yield {
         "id": str(number),
         "user": user,

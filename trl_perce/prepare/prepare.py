@@ -191,7 +191,8 @@ class Preparation:
 
     def _cleaned(self, row: HistoryRow) -> HistoryRow:
         if not self.args.mask_secrets:
-            for text in (*(m["content"] for m in row.prompt), row.response, *(e.text for e in row.history)):
+            prompt, history = (m["content"] for m in row.prompt), (e.text for e in row.history)
+            for text in (*prompt, row.response, *history, *(row.options or ())):
                 self.secrets.clean(text)
             return row
         clean = self.secrets.clean
@@ -201,6 +202,7 @@ class Preparation:
             prompt=tuple({**message, "content": clean(message["content"])} for message in row.prompt),
             response=clean(row.response),
             search=clean(row.search),
+            options=None if row.options is None else tuple(map(clean, row.options)),
             history=tuple(
                 HistoryEntry(clean(e.text), clean(e.search), clean(e.response) if e.response else None, e.time)
                 for e in row.history
