@@ -414,7 +414,7 @@ def _warn_of_others(dataset, name: str) -> None:
         f"{name} dataset: `assistant_only_loss=False` trains {int(counts[counts > 0].sum())} tokens that are not the "
         f"assistant's, in {'the first ' if streaming else ''}{len(counts)} {'row' if len(counts) == 1 else 'rows'}"
         f"{f' ({unknown} of them not counted: the chat template does not show whose turn it is)' if unknown else ''}. Leave it out to "
-        "train the assistant's turns alone."
+        "train only the assistant's turns."
     )
 
 

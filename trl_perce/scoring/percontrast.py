@@ -223,10 +223,7 @@ class PerContrast:
         check = ModelCheck(
             self.model, tokens[:256], self._device, autocast_dtype(self.args), self._collator.pad_token_id
         )
-        virtual = isinstance(model := extract_model_from_parallel(self.model), PeftModel) and (
-            model.active_peft_config.is_prompt_learning
-        )
-        self._head = check.run(flattened=False, mask=self.args.counterfactual == "mask" and not virtual)
+        self._head = check.run(flattened=False, mask=self.args.counterfactual == "mask")
         self._model_is_checked = True
 
     @property

@@ -120,11 +120,13 @@ class ModelCheck:
         self.model, self.device, self.autocast, self.gather = model, device, autocast, gather
         self.pad_token_id = pad_token_id
         self.base = extract_model_from_parallel(model)
+        self._has_virtual_tokens = False
         self._hint = "Is it a model that predicts the next token of a text?"
         if isinstance(self.base, PeftModel):
             self._hint = (
                 "Does the adapter sit on a layer that is not a plain one, such as a router? See `target_modules`."
             )
+            self._has_virtual_tokens = self.base.active_peft_config.is_prompt_learning
             self.base = self.base.get_base_model()
         self.name = type(self.base).__name__.removeprefix("FSDP")  # which FSDP2 puts before it
         self.rows = make_rows(tokens)
@@ -167,7 +169,8 @@ class ModelCheck:
                 nats, failure = self._compare_layout(flattened, expected)
             if nats is not None:
                 raise ModelCheckError(self._describe_layout(flattened, nats, failure)) from failure
-            if mask:
+            # PEFT takes no positions beside virtual tokens, so that there is nothing to compare a mask with
+            if mask and not self._has_virtual_tokens:
                 self._check_mask(plain[0])
         return self.head
 
@@ -433,12 +436,8 @@ class ModelCheckMixin(Trainer):
             self.accelerator.gather if self.accelerator.num_processes > 1 else None,
         )
         perce = args.token_weighting == "perce"
-        # PEFT takes no positions beside virtual tokens, so that there is nothing to compare a mask with
-        virtual = isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
         with torch.compiler.set_stance("force_eager") if args.torch_compile else nullcontext():
-            self._head = check.run(
-                getattr(self, "padding_free", False), perce and args.counterfactual == "mask" and not virtual
-            )
+            self._head = check.run(getattr(self, "padding_free", False), perce and args.counterfactual == "mask")
             nats = check.noise() if perce and training and not self._warned_of_noise else 0.0
         if nats:
             config = self.model.config.get_text_config().to_dict()

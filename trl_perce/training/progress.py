@@ -15,8 +15,9 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from ..utils.screen import WIDTH
 
-_WIDTH = 80
+
 _CELL = 8
 _TITLES = {
     **{"loss": "loss", "nll": "nll", "pir/mean": "PIR", "pir/personal_fraction": "personal", "weight/mean": "weight"},
@@ -95,7 +96,7 @@ class _StepLines(TrainerCallback):
         cells = [_cell(name, metrics.get(name)).rjust(_CELL) for name in columns]
         line = " ".join([str(state.global_step).rjust(step), *cells])
         if label is not None:
-            room = _WIDTH - 2 - len(line)
+            room = WIDTH - 2 - len(line)
             line += "  " + (label if len(label) <= room else label[: room - 1] + "…")
         self._print(line)
 
@@ -169,4 +170,4 @@ def _rest(logs: dict[str, Any], prefix: str) -> list[str]:
         for name, value in logs.items()
         if name not in known
     ]
-    return textwrap.wrap(", ".join(found), _WIDTH, initial_indent="     ", subsequent_indent="     ")
+    return textwrap.wrap(", ".join(found), WIDTH, initial_indent="     ", subsequent_indent="     ")
