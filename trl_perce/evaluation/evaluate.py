@@ -28,7 +28,7 @@ from ..persona.marks import PersonaError
 from ..scoring.loading import find_adapter, load_model, load_scoring_tokenizer
 from ..scoring.percontrast import PerContrast
 from ..scoring.preparation import Preparation
-from ..scoring.score_file import ScoreFile, remove_scores
+from ..scoring.score_file import ScoreFile, read_scores, remove_scores
 from ..scoring.scores import TokenScores
 from ..training.checks import load_tokenizer
 from ..utils.files import read_lines, write_json, write_json_lines
@@ -360,8 +360,7 @@ class Evaluation:
         return [*file] if self.is_main else []
 
     def _given_reference(self, folder: str) -> list[TokenScores]:
-        lines = read_lines(Path(folder) / "scores.jsonl")
-        by_row = {line["row"]: TokenScores.from_dict(line) for line in lines}
+        by_row = {scores.row: scores for scores in read_scores(folder)}
         missing = [row for row in range(len(self.rows)) if row not in by_row]
         if missing:
             raise ValueError(
