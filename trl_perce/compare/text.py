@@ -105,7 +105,7 @@ def write_markdown(findings: Mapping[str, Any], path: str | Path) -> None:
     for answer in findings["answers"]:
         user = "" if answer["user"] is None else f", {escape(printable(str(answer['user'])))}"
         names = {"persona": "persona", "query": "query", "reference": "own reply"}
-        lines = [f"{name}: {escape(printable(answer[key]))}" for key, name in names.items()]
+        lines = [f"{name}: {escape(printable(answer[key] or ''))}" for key, name in names.items()]
         lines += [
             f"{escape(labels[arm])}: {_bold(answer['answers'][arm]['pieces'], findings['threshold']) or '(empty)'}"
             for arm in findings["arms"]
