@@ -20,7 +20,7 @@ from trl_perce.persona.rows import find_bad_row
 
 
 SHARED = ROOT.parent / "shared" / "data"
-QUERIES = ["What should I eat?", "which film now", "Recommend a book.\nBe quick", "And where to?"]
+QUERIES = ["What should I eat?", "which film now:", "Recommend a book.\nBe quick", "And where to?"]
 PERSONAS = ["I sew.", "I sail a lot", "I cook; my name is {Ann}."]
 QUESTIONS = {one["id"]: one for one in load()}
 ANSWER = [{"role": "assistant", "content": "Fine."}]
@@ -100,6 +100,9 @@ def test_the_figures_are_right():
         ("", "\n\n(About me: {persona})\n\nAnswer:"),
         ("Question: ", "\nPersona: {persona}\nAnswer:"),
         ("", "\n{persona}"),
+        ("", "\n{persona}\n\nBe brief."),
+        ("", "\n({persona})"),
+        ("Me: {persona} | ", " (in a word)"),
         ("<|im_start|>system\n{persona}<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
         ("[INST] <<SYS>>\nHome: {persona}\n\nWork: {persona}\n<</SYS>>\n\n", " [/INST]"),
     ],
@@ -149,6 +152,10 @@ def test_conversations(in_parts):
     }
     assert asked(user, answer, ("user", "Old?"), answer, query) == {(user, answer, ask)}
     assert asked(user, answer, query, queries=1) == {(user, answer, ask)}
+    assert asked(("user", "Old?"), answer, user, ("user", "Old?"), query) == {(user, ask)}
+    assert asked(("user", "You are:\n{persona}\n\n{query}"), answer, query, queries=1) == {
+        (("user", "You are:\n{persona}\n\n…"),)
+    }
     assert asked(("user", "{persona}, by the way"), answer, query) == {
         (("user", "{persona}, by the way"), answer, ask)
     }
@@ -225,6 +232,8 @@ def test_who_is_asked_what():
     assert made == ask_irrelevant(rows, seed=3) != ask_irrelevant(rows, seed=4)
     assert len({row["user"] for row in ask_irrelevant(rows, num_questions=5)}) == 5
     assert ask_irrelevant(rows, seed=3, num_questions=7) == made[:7]
+    firsts = [ask_irrelevant(rows, seed, num_questions=1)[0] for seed in range(20)]
+    assert len({row["user"] for row in firsts}) == 5 and len({row["id"] for row in firsts}) > 5
     assert find_bad_row(made) is None
     # Without names, personas tell users apart
     unnamed = [{name: row[name] for name in ("persona", "prompt", "completion")} for row in rows]
@@ -233,7 +242,13 @@ def test_who_is_asked_what():
         33,
         34,
     }
-    assert ask_irrelevant([{**unnamed[0], "completion": " ok"}])[0]["completion"][:2] != "  "
+    # A completion goes on with the space that it has
+    (row,) = ask_irrelevant([{**unnamed[0], "completion": " ok"}], num_questions=1)
+    assert row["completion"] == " " + QUESTIONS[row["id"]]["answer"]
+    # One query alone
+    one = [row | {"prompt": "About me: {persona}\n\nWhat now?\nBe quick.\nAnswer:"} for row in rows]
+    row = ask_irrelevant(one)[0]
+    assert row["prompt"] == f"About me: {{persona}}\n\n{QUESTIONS[row['id']]['question']}\nAnswer:"
     for number in (0, 101):
         with pytest.raises(ValueError, match=f"`num_questions` is {number}. Write a number from 1 to 100"):
             ask_irrelevant(rows, num_questions=number)
@@ -280,7 +295,7 @@ def test_rows_that_cannot_be_used_are_counted(caplog):
         "Recommend something for {persona} to {query}",
         "{query} for {persona}",
         # The same words in all rows: which of them are the query?
-        "What now?\n\nI am {persona}\n\nAnswer me:",
+        "What now?\n\nAbout me: {persona}\n\nAnswer me:",
         "Recommend a dish for this person:\n{persona}\nAnswer:",
         "{persona}",
     ],

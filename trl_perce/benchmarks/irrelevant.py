@@ -172,8 +172,9 @@ def _place(row: dict[str, Any], index: int, start_marker: str, end_marker: str) 
     personas = [clean[span.message or 0][span.start : span.end] for span in spans]
     user = "\n\n".join(personas) if row.get("user") is None else str(row["user"])
     last = asked[-1]
-    apart = {number for number in [*holders, *(n + 1 for n in holders)] if number < last and number not in asked[1:]}
-    place = _Place(raw, user, sorted(apart | {n for n in systems if n < last}), last, texts[last])
+    replies = {number + 1 for number in holders if number < last and roles[number + 1] == "assistant"}
+    kept = [number for number in sorted(systems | holders | replies) if number < last]
+    place = _Place(raw, user, kept, last, texts[last])
     if not holders:
         return place
     message = holders.pop()
@@ -181,7 +182,7 @@ def _place(row: dict[str, Any], index: int, start_marker: str, end_marker: str) 
     found = [*re.finditer(marks, texts[message], re.DOTALL)]
     here = [own for own, span in zip(personas, spans, strict=True) if (span.message or 0) == message]
     return place._replace(
-        kept=[number for number in sorted(systems) if number < message],
+        kept=[number for number in kept if number in systems and number < message],
         message=message,
         text=texts[message],
         start=found[0].start(),
@@ -259,7 +260,7 @@ def _is_apart(place: _Place, is_behind: bool, lead: str, tail: str) -> bool:
         return (tail or place.edges)[0] in "(<[" or (tail or place.edges)[0].isspace()
     join, query = place.edges[1] + lead, place.around[1][len(lead) :]
     is_begun = bool(join[-1].isspace() or _END.match(join[-1])) and not query[:1].islower()
-    return is_begun or "\n" in join or bool(_END.search(lead))
+    return is_begun or bool(_END.search(lead))
 
 
 def _row(question: dict[str, str], place: _Place, before: str, behind: str) -> dict[str, Any]:
