@@ -20,7 +20,7 @@ from trl_perce.persona.rows import find_bad_row
 
 
 SHARED = ROOT.parent / "shared" / "data"
-QUERIES = ["What should I eat?", "which film now", "Recommend a book.\nBe quick", "And where to?"]
+QUERIES = ["What should I eat?", "which film now:", "Recommend a book.\nBe quick!", "And where to?"]
 PERSONAS = ["I sew.", "I sail a lot", "I cook; my name is {Ann}."]
 QUESTIONS = {one["id"]: one for one in load()}
 ANSWER = [{"role": "assistant", "content": "Fine."}]
@@ -100,6 +100,10 @@ def test_the_figures_are_right():
         ("", "\n\n(About me: {persona})\n\nAnswer:"),
         ("Question: ", "\nPersona: {persona}\nAnswer:"),
         ("", "\n{persona}"),
+        ("", "\n{persona}\n\nBe brief."),
+        ("", "\n({persona})"),
+        ("Me: {persona} | ", " (in a word)"),
+        ("关于我：{persona}。", " Be brief."),
         ("<|im_start|>system\n{persona}<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
         ("[INST] <<SYS>>\nHome: {persona}\n\nWork: {persona}\n<</SYS>>\n\n", " [/INST]"),
     ],
@@ -109,7 +113,10 @@ def test_texts(before, behind):
     if behind is None:
         before, behind = before.removesuffix("Be kind."), ""
     for own in (rows, with_markers(rows)):
-        for row in ask_irrelevant(own):
+        skips = Skips()
+        made = ask_irrelevant(own, skips=skips)
+        assert not skips.counts
+        for row in made:
             persona = "{persona}"
             if own is not rows:
                 persona = re.search("<persona>.*?</persona>", row["prompt"])[0]
@@ -121,7 +128,7 @@ def test_texts(before, behind):
 
 @pytest.mark.parametrize("in_parts", [False, True])
 def test_conversations(in_parts):
-    def asked(*turns, queries=None) -> list[list[tuple[str, str]]]:
+    def asked(*turns, queries=None) -> set[tuple[tuple[str, str], ...]]:
         rows = made_of(lambda persona, query: chat(*((role, text.replace("{query}", query)) for role, text in turns)))
         rows = rows if queries is None else rows[:queries]
         for row in rows if in_parts else ():
@@ -133,7 +140,9 @@ def test_conversations(in_parts):
             [(m["role"], m["content"][0]["text"] if in_parts else m["content"]) for m in row["prompt"]] for row in made
         ]
         questions = [QUESTIONS[row["id"]]["question"] for row in made]
-        assert all(own[-1][1].count(question) == 1 for own, question in zip(texts, questions, strict=True))
+        assert all(
+            sum(text.count(question) for _, text in own) == 1 for own, question in zip(texts, questions, strict=True)
+        )
         return {
             tuple((role, text.replace(question, "…")) for role, text in own)
             for own, question in zip(texts, questions, strict=True)
@@ -148,7 +157,12 @@ def test_conversations(in_parts):
         (("user", "You are:\n{persona}\n\n…"),)
     }
     assert asked(user, answer, ("user", "Old?"), answer, query) == {(user, answer, ask)}
+    assert asked(query, ("system", "{persona}")) == {(ask, ("system", "{persona}"))}
     assert asked(user, answer, query, queries=1) == {(user, answer, ask)}
+    assert asked(("user", "Old?"), answer, user, ("user", "Old?"), query) == {(user, ask)}
+    assert asked(("user", "You are:\n{persona}\n\n{query}"), answer, query, queries=1) == {
+        (("user", "You are:\n{persona}\n\n…"),)
+    }
     assert asked(("user", "{persona}, by the way"), answer, query) == {
         (("user", "{persona}, by the way"), answer, ask)
     }
@@ -225,6 +239,8 @@ def test_who_is_asked_what():
     assert made == ask_irrelevant(rows, seed=3) != ask_irrelevant(rows, seed=4)
     assert len({row["user"] for row in ask_irrelevant(rows, num_questions=5)}) == 5
     assert ask_irrelevant(rows, seed=3, num_questions=7) == made[:7]
+    firsts = [ask_irrelevant(rows, seed, num_questions=1)[0] for seed in range(20)]
+    assert len({row["user"] for row in firsts}) == 5 and len({row["id"] for row in firsts}) > 5
     assert find_bad_row(made) is None
     # Without names, personas tell users apart
     unnamed = [{name: row[name] for name in ("persona", "prompt", "completion")} for row in rows]
@@ -233,7 +249,22 @@ def test_who_is_asked_what():
         33,
         34,
     }
-    assert ask_irrelevant([{**unnamed[0], "completion": " ok"}])[0]["completion"][:2] != "  "
+    # A completion goes on with the space that it has
+    (row,) = ask_irrelevant([{**unnamed[0], "completion": " ok"}], num_questions=1)
+    assert row["completion"] == " " + QUESTIONS[row["id"]]["answer"]
+    # A line break that is marked with the persona
+    lines = with_markers(made_of(lambda persona, query: f"{persona}{query}"))
+    lines = [{**row, "prompt": row["prompt"].replace("</persona>", "\n</persona>")} for row in lines]
+    skips = Skips()
+    assert all(
+        "\n</persona>" + QUESTIONS[row["id"]]["question"] in row["prompt"]
+        for row in ask_irrelevant(lines, skips=skips)
+    )
+    assert not skips.counts
+    # One query alone
+    one = [row | {"prompt": "About me: {persona}\n\nWhat now?\nBe quick.\nAnswer:"} for row in rows]
+    row = ask_irrelevant(one)[0]
+    assert row["prompt"] == f"About me: {{persona}}\n\n{QUESTIONS[row['id']]['question']}\nAnswer:"
     for number in (0, 101):
         with pytest.raises(ValueError, match=f"`num_questions` is {number}. Write a number from 1 to 100"):
             ask_irrelevant(rows, num_questions=number)
@@ -278,9 +309,9 @@ def test_rows_that_cannot_be_used_are_counted(caplog):
     "text",
     [
         "Recommend something for {persona} to {query}",
-        "{query} for {persona}",
+        "{query}, dear {persona}",
         # The same words in all rows: which of them are the query?
-        "What now?\n\nI am {persona}\n\nAnswer me:",
+        "What now?\n\nAbout me: {persona}\n\nAnswer me:",
         "Recommend a dish for this person:\n{persona}\nAnswer:",
         "{persona}",
     ],

@@ -35,7 +35,7 @@ _LABEL = r"[*_#>]*(?:(?:the|my|user'?s?)\s)?(?:user|human|question|query|q|me|in
 # What may stand before a query and stays: "\n\nQuestion: ". A longer instruction goes with the query.
 _LEAD = re.compile(rf"(?:{_TAG}|{_LABEL}|\W*\s|[.!?:;|。！？：；]+)*", re.IGNORECASE)
 # Where an ending begins that all queries share: a line, a sentence, a bracket or a mark of its own
-_TAIL = re.compile(rf"\s*\n|(?<=[.!?…。！？])\s+|\s+\(|\s*{_TAG}")
+_TAIL = re.compile(rf"\s*\n|(?<=[.!?…:。！？])\s+|\s+\(|\s*{_TAG}")
 # The same where there is one query alone: a last line such as "Answer:"
 _LAST_LINE = re.compile(r"\s*\n\W*(?:\w+ ){0,2}\w+\W*[:：]\W*$")
 _END = re.compile(r"[\n.!?…:;|>。！？：；]")  # of a sentence or a line
@@ -51,7 +51,7 @@ class _Place(NamedTuple):
 
     row: dict[str, Any]
     user: str
-    kept: list[int]  # messages before it that stay
+    kept: set[int]  # other messages that stay
     message: int
     text: str
     start: int = 0
@@ -172,8 +172,8 @@ def _place(row: dict[str, Any], index: int, start_marker: str, end_marker: str) 
     personas = [clean[span.message or 0][span.start : span.end] for span in spans]
     user = "\n\n".join(personas) if row.get("user") is None else str(row["user"])
     last = asked[-1]
-    apart = {number for number in [*holders, *(n + 1 for n in holders)] if number < last and number not in asked[1:]}
-    place = _Place(raw, user, sorted(apart | {n for n in systems if n < last}), last, texts[last])
+    replies = {number + 1 for number in holders if number < last and roles[number + 1] == "assistant"}
+    place = _Place(raw, user, systems | holders | replies, last, texts[last])
     if not holders:
         return place
     message = holders.pop()
@@ -181,7 +181,7 @@ def _place(row: dict[str, Any], index: int, start_marker: str, end_marker: str) 
     found = [*re.finditer(marks, texts[message], re.DOTALL)]
     here = [own for own, span in zip(personas, spans, strict=True) if (span.message or 0) == message]
     return place._replace(
-        kept=[number for number in sorted(systems) if number < message],
+        kept=systems,
         message=message,
         text=texts[message],
         start=found[0].start(),
@@ -270,9 +270,10 @@ def _row(question: dict[str, str], place: _Place, before: str, behind: str) -> d
     if isinstance(row["prompt"], str):
         made["prompt"] = text
     else:
-        message = row["prompt"][place.message]
-        kept = [row["prompt"][number] for number in place.kept]
-        made["prompt"] = [*kept, {**message, "content": _like(message, text)}]
+        messages = [*row["prompt"]]
+        message = messages[place.message]
+        messages[place.message] = {**message, "content": _like(message, text)}
+        made["prompt"] = [messages[number] for number in sorted(place.kept | {place.message})]
     if isinstance(completion, str):
         made["completion"] = completion[: len(completion) - len(completion.lstrip())] + answer
     else:
