@@ -149,7 +149,9 @@ def test_the_page_is_one_file_and_every_text_a_text(tmp_path, variant):
     assert "url(" not in style and "@import" not in style
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     (policy,) = (attributes["content"] for _, attributes in page.tags if "http-equiv" in attributes)
-    assert policy.startswith(f"default-src 'none'; style-src 'sha256-{digest}'; ")
+    assert policy == (
+        f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
+    )
     shown = "".join(page.texts)
     for piece in (SCRIPT, ARABIC, CHINESE, LONG) if findings["answers"] else ("None were generated.",):
         assert shown.count(printable(piece)) > 1 or not findings["answers"]
@@ -173,7 +175,9 @@ def test_answers_are_coloured_and_their_personal_words_marked(tmp_path):
         "\n- PerCE: I <b>will</b> buy <b>linen</b> at <b>the</b> market and sew two dresses <b>for</b> my" in markdown
     )
     assert not re.search(r"(?<!\\)<(?!/?b>)", markdown) and "\x1b" not in markdown and "\n- CE: (empty)\n" in markdown
-    assert "left out.\n" in markdown and "for `max_length`" in markdown
+    assert (
+        "left out.\n" in markdown and "for `max_length`" in markdown and r"(+0.14 nats \[+0.05, +0.20\])" in markdown
+    )
 
 
 def test_the_plot_shows_changes_where_they_are(tmp_path):
