@@ -12,7 +12,7 @@ import yaml
 
 from rows import write_lines
 from trl_perce.cli.main import main
-from trl_perce.reproduce.steps import run_command, prompt_lengths, read_log
+from trl_perce.reproduce.steps import prompt_lengths, read_log, run_command
 
 
 TRAINING = {
