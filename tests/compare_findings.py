@@ -11,13 +11,13 @@ ADDRESS = "https://example.org/" + "a" * 300
 
 
 def _measure(
-    name, group, title, unit, better, means, changes, rows=240, users=42, note="What it is, in one sentence."
+    name, group, title, unit, better, means, changes, rows=240, users=42, note="What it is, in one sentence.", same=0.0
 ):
     """Means of untrained, CE, PerCE, and the changes of CE and PerCE, each with its interval or without."""
     arms = ("untrained", "ce", "perce")
     against = {"ce": "untrained", "perce": "ce"}
     return {
-        **{"name": name, "group": group, "title": title, "unit": unit, "better": better, "note": note},
+        **{"name": name, "group": group, "title": title, "unit": unit, "better": better, "note": note, "same": same},
         **{"rows": rows, "users": users},
         "arms": {
             arm: {"mean": mean, "interval": None if users < 2 else [mean - 0.1 * abs(mean), mean + 0.1 * abs(mean)]}
@@ -69,6 +69,7 @@ def example_findings() -> dict[str, Any]:
             *("log_likelihood/other", "lost", "Other tokens", "nats", "higher"),
             *((-2.55, -2.31, -2.352), ((0.24, [0.2, 0.28]), (-0.0421, [-0.0618, -0.0223]))),
             note="Log-likelihood of all other tokens of your users' own replies, a token.",
+            same=0.05,
         ),
         _measure(
             *("log_likelihood/personal_swapped", "lost", "Personal, another's persona", "nats", None),
@@ -88,6 +89,10 @@ def example_findings() -> dict[str, Any]:
         _measure(
             *("options/likelihood", "options", "The right one is likeliest", "share", "higher"),
             *((0.292, 0.346, 0.375), ((0.054, [0.01, 0.1]), (0.0292, [-0.0104, 0.0688]))),
+        ),
+        _measure(
+            *("options/pir", "options", "The right one gains most", "share", "higher"),
+            *((0.412, 0.412, 0.412), ((0.0, [0.0, 0.0]), (0.0, [0.0, 0.0]))),
         ),
         _measure(
             *("rougeL", "answers", "ROUGE-L", "score", "higher"),

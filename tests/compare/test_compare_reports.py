@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from compare_findings import ARABIC, CHINESE, LONG, SCRIPT, example_findings, with_little, with_more_arms
+from trl_perce.compare.formats import reading
 from trl_perce.compare.page import write_html
 from trl_perce.compare.text import print_findings, write_markdown
 from trl_perce.scoring.heatmap.pieces import printable
@@ -23,7 +24,8 @@ FIGURES = {
     "Words of the persona": ["2.96", "1.44", "1.83", "+0.39", "[−0.04, +0.83]", "unclear"],
     "Answers with persona words": ["5.2", "3.1", "9.4", "+6.3", "[+2.1, +10.5]", "worse"],
     "The right one is likeliest": ["29.2", "34.6", "37.5", "+2.9", "[−1.0, +6.9]", "unclear"],
-    "ROUGE-L": ["0.12", "0.15", "0.16", "+0.00", "[−0.01, +0.02]", "unclear"],
+    "ROUGE-L": ["0.12", "0.15", "0.16", "0.00", "[−0.01, +0.02]", "unclear"],
+    "The right one gains most": ["41.2", "41.2", "41.2", "0.0", "[0.0, 0.0]", "same"],
     "Length": ["128.0", "23.4", "26.1", "+2.8", "[+0.4, +5.1]", "higher"],
 }
 COST = {
@@ -112,6 +114,23 @@ def test_the_figures_are_the_same_in_all_reports(tmp_path):
         assert_shown(figures, line)
 
 
+@pytest.mark.parametrize(
+    "interval, same, better, word",
+    [
+        ([0.01, 0.04], 0.05, "higher", "same"),
+        ([0.01, 0.06], 0.05, "higher", "better"),
+        ([-0.06, 0.01], 0.05, "higher", "unclear"),
+        ([0.01, 0.04], 0.0, "lower", "worse"),
+        ([-0.04, -0.01], 0.0, None, "lower"),
+        ([0.0, 0.04], 0.0, "higher", "unclear"),
+        (None, 0.05, "higher", ""),
+    ],
+)
+def test_a_change_in_a_word(interval, same, better, word):
+    change = {"against": "ce", "difference": 0.02, "interval": interval}
+    assert reading({"changes": {"perce": change}, "same": same, "better": better}, "perce") == word
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_verdict_comes_first(tmp_path, variant):
     findings = VARIANTS[variant](example_findings())
@@ -149,7 +168,9 @@ def test_the_page_is_one_file_and_every_text_a_text(tmp_path, variant):
     assert "url(" not in style and "@import" not in style
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     (policy,) = (attributes["content"] for _, attributes in page.tags if "http-equiv" in attributes)
-    assert policy.startswith(f"default-src 'none'; style-src 'sha256-{digest}'; ")
+    assert policy == (
+        f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
+    )
     shown = "".join(page.texts)
     for piece in (SCRIPT, ARABIC, CHINESE, LONG) if findings["answers"] else ("None were generated.",):
         assert shown.count(printable(piece)) > 1 or not findings["answers"]
@@ -173,7 +194,9 @@ def test_answers_are_coloured_and_their_personal_words_marked(tmp_path):
         "\n- PerCE: I <b>will</b> buy <b>linen</b> at <b>the</b> market and sew two dresses <b>for</b> my" in markdown
     )
     assert not re.search(r"(?<!\\)<(?!/?b>)", markdown) and "\x1b" not in markdown and "\n- CE: (empty)\n" in markdown
-    assert "left out.\n" in markdown and "for `max_length`" in markdown
+    assert (
+        "left out.\n" in markdown and "for `max_length`" in markdown and r"(+0.14 nats \[+0.05, +0.20\])" in markdown
+    )
 
 
 def test_the_plot_shows_changes_where_they_are(tmp_path):

@@ -18,7 +18,7 @@ from ..scoring.score_file import read_scores
 from ..utils.files import read_lines
 from ..utils.statistics import bootstrap_interval, mean_over_seeds
 from .settings import BASELINE, IRRELEVANT, OWN, SEEN
-from .verdict import decide
+from .verdict import SAME, decide
 
 
 UNTRAINED = "untrained"
@@ -46,6 +46,7 @@ class Measure:
         note (`str`): What it is, in a sentence.
         better (`str`, *optional*): `"higher"` or `"lower"`; `None` where neither is.
         values (`Callable`, *optional*): Makes the rows' values of those of an evaluation. By default those of the name.
+        same (`float`, *optional*, defaults to `0.0`): A change whose interval is within it, in the unit, to either side, counts as none.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Measure:
     note: str
     better: str | None
     values: Callable[[Values], np.ndarray | None] | None = None
+    same: float = 0.0
 
     def of(self, found: Values) -> np.ndarray | None:
         return found.get(self.name) if self.values is None else self.values(found)
@@ -113,6 +115,7 @@ MEASURES = (
         *(OWN, "lost", "Other tokens", "nats"),
         "Log-likelihood of all other tokens of your users' own replies, a token.",
         "higher",
+        same=SAME,
     ),
     Measure(
         f"{PERSONAL}_swapped",
@@ -295,7 +298,7 @@ def _measured(
             mean, interval = _mean(own - by_arm[against], groups)
             changes[arm] = {"against": against, "difference": mean, "interval": interval}
     return {
-        **{name: getattr(measure, name) for name in ("name", "group", "title", "unit", "note", "better")},
+        **{name: getattr(measure, name) for name in ("name", "group", "title", "unit", "note", "better", "same")},
         **{"rows": int(where.sum()), "users": len({*groups})},
         "arms": {arm: dict(zip(("mean", "interval"), _mean(own, groups), strict=True)) for arm, own in by_arm.items()},
         "changes": changes,

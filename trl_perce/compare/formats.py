@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..utils.screen import duration
+from .verdict import SAME
 
 
 # Unit → what stands behind a title, factor, decimals
@@ -17,7 +18,10 @@ _UNITS = {
     "score": ("", 1, 2),
 }
 NOTHING = "–"
-LEGEND = "In brackets: 95 % intervals. “Unclear”: the interval holds 0. Changes of a percentage are percentage points."
+LEGEND = (
+    "In brackets: 95 % intervals. “Unclear”: the interval holds 0. “Same”: there is no change, or for other tokens none beyond "
+    f"{SAME:g} nats. Changes of a percentage are percentage points."
+)
 
 
 def unit_text(measure: Mapping[str, Any]) -> str:
@@ -57,11 +61,13 @@ def reading(measure: Mapping[str, Any], arm: str) -> str:
 
     Returns:
         `str`: `"better"` or `"worse"` where the interval does not hold 0, `"higher"` or `"lower"` where neither is better, `"unclear"`
-            where it holds 0. Nothing where there is no interval.
+            where it holds 0, `"same"` where all of it is as good as 0. Nothing where there is no interval.
     """
     interval = measure["changes"].get(arm, {}).get("interval")
     if interval is None:
         return ""
+    if -measure["same"] <= interval[0] and interval[1] <= measure["same"]:
+        return "same"
     if interval[0] <= 0 <= interval[1]:
         return "unclear"
     way = "higher" if interval[0] > 0 else "lower"
@@ -153,7 +159,10 @@ def _rows(rows: int, users: int | None = None) -> str:
 
 def _number(measure: Mapping[str, Any], value: float | None, sign: str = "") -> str:
     _, factor, decimals = _UNITS[measure["unit"]]
-    return NOTHING if value is None else f"{value * factor:{sign}z.{decimals}f}".replace("-", "−")
+    if value is None:
+        return NOTHING
+    text = f"{value * factor:{sign}z.{decimals}f}"
+    return text.replace("-", "−") if float(text) else text.lstrip("+")
 
 
 def _interval(measure: Mapping[str, Any], interval: Sequence[float] | None, sign: str = "") -> str:
