@@ -77,10 +77,12 @@ def evaluate(
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): Name or folder of a model or of an adapter, which is
             loaded when a step needs it; or a model, which is run where it is, with its adapters, and left as it was.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`] or `None`): If `None`, it is loaded from the model's name.
-        rows (iterable of `dict`): Rows with `prompt`, `completion`, a persona, and if possible `user` and `id`.
+        rows (iterable of `dict`): Rows with `prompt` and `completion`, or with `messages`, a persona, and if possible `user` and `id`. Of
+            `messages`, predictions are of the last one, which must be the assistant's; likelihoods are of all the assistant's, which are
+            what is trained.
         folder (`str` or `Path`): Where to write `predictions.jsonl`, `metrics.jsonl`, `metrics.json`, `report.md`, and the rest.
-        args ([`GenerationArguments`]): Configuration of generation and scoring. Of a reference only the response is scored, as with
-            `completion_only_loss=True`.
+        args ([`GenerationArguments`]): Configuration of generation and scoring. Only responses are scored, whatever
+            `completion_only_loss` and `assistant_only_loss` are.
         options ([`EvaluationArguments`], *optional*): What to evaluate.
         settings (`dict[str, Any]`, *optional*): What identifies the model, as JSON takes it (its name, the training run). Earlier
             results in the folder are used only where it is the same. By default the names of model and adapter; a model that is
@@ -90,7 +92,7 @@ def evaluate(
 
     Returns:
         `dict[str, Any]`: What `metrics.json` holds: `"rows"`, `"users"` (told by their personas where they are not named), `"predicted"`,
-            `"unanswered"` (thoughts without an answer), `"trimmed"`, `"settings"`, `"personal_by"`, `"metrics"` (`{name: {"mean", "interval", "rows"}}`), `"judge"` and `"baseline"` (`None`, or `"folder"` and `"tests"`).
+            `"unanswered"` (thoughts without an answer), `"earlier_replies"` (of conversations, without a prediction), `"trimmed"`, `"settings"`, `"personal_by"`, `"metrics"` (`{name: {"mean", "interval", "rows"}}`), `"judge"` and `"baseline"` (`None`, or `"folder"` and `"tests"`).
             Empty on other processes than the main one.
 
     Raises:
@@ -112,7 +114,7 @@ class Evaluation:
         self, model, tokenizer, rows, folder, args, options=None, settings=None, adapter=None, say=logger.info
     ):
         self.options = options or EvaluationArguments()
-        self.args = copy_config(args, completion_only_loss=True, assistant_only_loss=False)
+        self.args = copy_config(args, completion_only_loss=None, assistant_only_loss=None)  # the responses alone
         self.is_main = PartialState().is_main_process
         self.folder, self.say = Path(folder), say if self.is_main else _say_nothing
         self.rows = [*rows]
@@ -385,6 +387,7 @@ class Evaluation:
             "users": len({*self.groups} - {None}),
             "predicted": len(self.prompts),
             "unanswered": unanswered,
+            "earlier_replies": sum(prompt.earlier_replies for prompt in self.prompts),
             "trimmed": {"rows": len(trimmed), "tokens": sum(trimmed)},
             "settings": self.settings | used | {"precision": describe_precision(self.args, self._dtype)},
             "personal_by": self.personal_by,

@@ -169,6 +169,11 @@ def _remarks(result: dict[str, Any]) -> list[str]:
         remarks.append(
             f"{rows - predicted} of {rows} rows have no prediction: their prompts are too long for `max_length`."
         )
+    if earlier := result["earlier_replies"]:
+        remarks.append(
+            f"Predictions are of the last reply of each conversation; the {earlier} replies before them stand in the prompts and have none."
+            + (" Likelihoods are of all the assistant's replies." if result["personal_by"] is not None else "")
+        )
     if result["unanswered"]:
         remarks.append(
             f"{result['unanswered']} of {predicted} predictions are empty: the model thought until `max_new_tokens` was used up, or ended "
