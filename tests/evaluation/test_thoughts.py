@@ -80,6 +80,7 @@ def test_empty_predictions_are_told():
         "earlier_replies": 0,
         "trimmed": {"rows": 0},
         "personal_by": None,
+        "style_encoder": None,
         "metrics": {},
     }
     (remark,) = _remarks(json.loads(json.dumps(result | {"judge": None, "baseline": None})))

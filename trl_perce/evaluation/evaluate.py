@@ -13,6 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from .options import option_rows, option_values
 from .predictions import make_prompts, other_rows
 from .report import write_report
 from .results import compare, read_baseline, summarise
+from .style import check_baseline, check_encoder, check_texts, load_encoder, style_values
 from .uptake import persona_uptakes
 
 
@@ -92,7 +94,7 @@ def evaluate(
 
     Returns:
         `dict[str, Any]`: What `metrics.json` holds: `"rows"`, `"users"` (told by their personas where they are not named), `"predicted"`,
-            `"unanswered"` (thoughts without an answer), `"earlier_replies"` (of conversations, without a prediction), `"trimmed"`, `"settings"`, `"personal_by"`, `"metrics"` (`{name: {"mean", "interval", "rows"}}`), `"judge"` and `"baseline"` (`None`, or `"folder"` and `"tests"`).
+            `"unanswered"` (thoughts without an answer), `"earlier_replies"` (of conversations, without a prediction), `"trimmed"`, `"settings"`, `"personal_by"`, `"style_encoder"`, `"metrics"` (`{name: {"mean", "interval", "rows"}}`), `"judge"` and `"baseline"` (`None`, or `"folder"` and `"tests"`).
             Empty on other processes than the main one.
 
     Raises:
@@ -134,8 +136,14 @@ class Evaluation:
         # What the bootstrap draws: users, told by their personas where they are not named
         known = {prompt.row: prompt.user or prompt.persona for prompt in self.prompts}
         self.groups = [known.get(row) or None for row in range(len(self.rows))]
+        references = {prompt.row: prompt.reference for prompt in self.prompts}
+        self.texts = [references.get(row, "") for row in range(len(self.rows))]
+        if self.options.style_encoder is not None:
+            check_texts(self.texts, self.groups)
         baseline = self.options.baseline
         self.baseline = None if baseline is None else read_baseline(baseline, self.prompts)
+        if baseline is not None and self.options.style_encoder is not None:
+            check_baseline(baseline, self.options.style_encoder)
         if settings is None and self.base is None:
             raise ValueError("`settings` is missing: a name that tells this model's results from another's.")
         names = {"model": self.base, "adapter": self.adapter}
@@ -180,6 +188,8 @@ class Evaluation:
         options = self.options
         if self.is_main:  # or all would download NLTK's data
             text_metrics([], [], metrics=options.metrics)  # unknown names, missing packages and data
+        if options.style_encoder is not None:
+            check_encoder(options.style_encoder, self.args.trust_remote_code)
         if self.args.counterfactual == "swap":
             raise ValueError(
                 "`counterfactual='swap'` is not for evaluation. Set `swap_persona`, and `counterfactual='drop'`."
@@ -264,7 +274,8 @@ class Evaluation:
 
     def _text_values(self, predictions, swapped) -> dict[str, np.ndarray]:
         """Overlap and uptake, of the predictions and of those with swapped personas."""
-        self.digest = _fingerprint([self.options.metrics, predictions, swapped])
+        style = [] if self.options.style_encoder is None else [self.options.style_encoder, self.texts, self.groups]
+        self.digest = _fingerprint([self.options.metrics, predictions, swapped, *style])
         values = self._earlier_values()
         if values is None:
             values = self._metrics_of(predictions)
@@ -303,9 +314,17 @@ class Evaluation:
                 self.say(f"No uptake of another user's persona to compare with. {error}")
             else:
                 values["uptake/other"] = persona_uptakes(texts, [personas[other] for other in others], queries)
+        if self.options.style_encoder is not None:
+            of_rows = [line["row"] for line in predictions]
+            values |= style_values(texts, of_rows, self.texts, self.groups, self._style_encoder)
         values["num_tokens"] = np.array([line["num_tokens"] for line in predictions], dtype=float)
         values["finished"] = np.array([line["finished"] for line in predictions], dtype=float)
         return {name: self._by_row(predictions, own) for name, own in values.items()}
+
+    @cached_property
+    def _style_encoder(self):
+        name, device = str(self.options.style_encoder), "cpu" if self.args.use_cpu else None
+        return load_encoder(name, self.args.trust_remote_code, device)
 
     def _by_row(self, predictions, own: np.ndarray) -> np.ndarray:
         """Values of predictions as values of all rows, NaN for those that were left out."""
@@ -391,6 +410,7 @@ class Evaluation:
             "trimmed": {"rows": len(trimmed), "tokens": sum(trimmed)},
             "settings": self.settings | used | {"precision": describe_precision(self.args, self._dtype)},
             "personal_by": self.personal_by,
+            "style_encoder": self.options.style_encoder,
             "metrics": summarise(values, self.groups),
             "judge": judged,
             "baseline": compared,
