@@ -161,6 +161,7 @@ ROOMS = (
     ("evaluation",),
     ("benchmarks",),
     ("reproduce", "prepare"),
+    ("compare",),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

@@ -29,6 +29,7 @@ def printed(interval=(0.2, 0.4), baseline=None, users=70, **changes) -> list[str
         **{
             "rows": 210,
             "users": users,
+            "too_long": 10,
             "predicted": 200,
             "unanswered": 3,
             "earlier_replies": 7,

@@ -75,6 +75,7 @@ def test_prompts_that_end_in_a_thought():
 def test_empty_predictions_are_told():
     result = {
         "rows": 3,
+        "too_long": 0,
         "predicted": 3,
         "unanswered": 2,
         "earlier_replies": 0,

@@ -12,7 +12,7 @@ import yaml
 
 from rows import write_lines
 from trl_perce.cli.main import main
-from trl_perce.reproduce.steps import _run_command, prompt_lengths, read_log
+from trl_perce.reproduce.steps import prompt_lengths, read_log, run_command
 
 
 TRAINING = {
@@ -368,7 +368,7 @@ def test_a_stop_of_a_command_is_one_of_the_grid(tmp_path, code, number):
     before = signal.signal(number, interrupt)
     try:
         with pytest.raises(KeyboardInterrupt, match=str(int(number))):
-            _run_command(stop, {}, tmp_path / "train")
+            run_command(stop, {}, tmp_path / "train")
     finally:
         signal.signal(number, before)
 

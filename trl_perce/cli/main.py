@@ -12,14 +12,14 @@ from typing import NoReturn
 from .. import __version__
 from ..utils.files import find_shipped
 from ..utils.screen import fit_warnings
-from . import aloe, evaluate, prepare, reproduce, score, train
+from . import aloe, compare, evaluate, prepare, reproduce, score, train
 from .common import KEPT, explain_stops
 
 
 # One module a command, with `HELP`, `make_parser()` and `run(argv)`
 COMMANDS = {
     **{"prepare": prepare, "train": train, "score": score, "evaluate": evaluate},
-    **{"aloe": aloe, "reproduce": reproduce},
+    **{"compare": compare, "aloe": aloe, "reproduce": reproduce},
 }
 
 

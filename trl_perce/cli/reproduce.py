@@ -53,27 +53,32 @@ def run(argv: list[str]) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     disable_progress_bars()  # each step has a log of its own
-    console = _make_console()
+    console = make_console()
     try:
         steps = _read(args)
         if args.dry_run:
-            _print_plan(steps, console)
+            print_plan(steps, console)
             return 0
-        failed = [] if args.tables_only else _run_steps(steps, console)
+        failed = [] if args.tables_only else run_all(steps, console)
         with FileLock(Path(steps.settings.output_dir) / ".tables.lock"):  # processes that share a grid end together
             _write_tables(steps, args.tables, console)
     except (ValueError, OSError) as error:
         parser.exit(2, f"trl-perce reproduce: error: {error}\n")
+    say_failures(failed, console)
+    return 1 if failed else 0
+
+
+def say_failures(failed: list, console) -> None:
+    """Print which steps have failed, and why."""
     for step in failed:
         if step.error is not None:
             why = step.error.strip().splitlines()[-1][:200]
             console.print(f"Failed: {step.folder}: {step.kind}.error has\n  {why}", style="red", markup=False)
     if held_up := sum(step.error is None for step in failed):
         console.print(f"Not run, since they need what has failed: {held_up} steps.", style="red", markup=False)
-    return 1 if failed else 0
 
 
-def _make_console():
+def make_console():
     """A console that stays on the terminal while a step's output goes to its log ([`~reproduce.steps`])."""
     from rich.console import Console
 
@@ -159,7 +164,7 @@ def _check_models(models: dict[str, dict[str, Any]]) -> None:
             )
 
 
-def _run_steps(steps, console) -> list:
+def run_all(steps, console) -> list:
     """Run what is not done, and show it: in a table that is redrawn on a terminal, else line by line."""
     from rich.live import Live
 
@@ -218,7 +223,7 @@ def _state(parts) -> str:
     return next((step.state for step in parts if step.state != "done"), "done")
 
 
-def _print_plan(steps, console) -> None:
+def print_plan(steps, console) -> None:
     from trl_perce.reproduce.live import live_table
 
     cells, states = make_cells(steps), [step.state for step in steps.all()]

@@ -29,7 +29,7 @@ from ..persona.marks import PersonaError
 from ..scoring.loading import find_adapter, load_model, load_scoring_tokenizer
 from ..scoring.percontrast import PerContrast
 from ..scoring.preparation import Preparation
-from ..scoring.score_file import ScoreFile, remove_scores
+from ..scoring.score_file import ScoreFile, read_scores, remove_scores
 from ..scoring.scores import TokenScores
 from ..training.checks import load_tokenizer
 from ..utils.files import read_lines, write_json, write_json_lines
@@ -38,8 +38,8 @@ from .arguments import EvaluationArguments, GenerationArguments
 from .generate import TransformersGenerator, VLLMGenerator, import_vllm
 from .likelihood import likelihood_values, score_swapped, token_likelihoods
 from .metrics import text_metrics
-from .options import option_rows, option_values
-from .predictions import make_prompts, other_rows
+from .options import option_questions, option_rows, option_values
+from .predictions import choose_rows, make_prompts, other_rows
 from .report import write_report
 from .results import compare, read_baseline, summarise
 from .style import check_baseline, check_encoder, check_texts, load_encoder, style_values
@@ -140,6 +140,11 @@ class Evaluation:
         self.texts = [references.get(row, "") for row in range(len(self.rows))]
         if self.options.style_encoder is not None:
             check_texts(self.texts, self.groups)
+        self.fitting = len(self.prompts)
+        chosen = choose_rows([known[prompt.row] for prompt in self.prompts], self.options.prediction_rows)
+        self.prompts = [self.prompts[place] for place in chosen]
+        if self.swapped is not None:
+            self.swapped = [self.swapped[place] for place in chosen]
         baseline = self.options.baseline
         self.baseline = None if baseline is None else read_baseline(baseline, self.prompts)
         if baseline is not None and self.options.style_encoder is not None:
@@ -210,7 +215,7 @@ class Evaluation:
     def _open_files(self) -> None:
         folder = self.folder
         parts = {"scores": folder / "scores", "reference": folder / "reference"}
-        parts |= {name: folder / f"scores_{name}" for name in ("swapped", "options")}
+        parts |= {name: folder / f"scores_{name}" for name in ("swapped", "options", "options_swapped")}
         if self.options.overwrite:
             for own in (folder, folder / "swapped"):
                 remove_rows(own, PREDICTIONS)
@@ -221,6 +226,8 @@ class Evaluation:
         shared = self.settings | {name: getattr(self.args, name) for name in _SHARED_SETTINGS}
         generation = {name: getattr(self.args, name) for name in _GENERATION_SETTINGS}
         generation["use_vllm"] = self.options.use_vllm
+        if self.options.prediction_rows is not None:
+            generation["prediction_rows"] = self.options.prediction_rows
         scoring = shared | {name: getattr(self.args, name) for name in _SCORE_SETTINGS}
         self.file = RowFile(folder, PREDICTIONS, shared | generation)
         if self.options.swap_persona:
@@ -228,7 +235,7 @@ class Evaluation:
         is_adapter = self.adapter is not None or isinstance(self.model, PeftModel)
         names = (["scores"] if self.options.likelihood else []) + (["swapped"] if self._scores_swapped else [])
         if self.options.likelihood and self.options_to_score:
-            names.append("options")
+            names += ["options"] + (["options_swapped"] if self._scores_swapped else [])
         if self.options.likelihood and is_adapter and self.options.reference_scores is None:
             names.append("reference")
         self.score_files = {name: ScoreFile(parts[name], scoring | {"scored": name}) for name in names}
@@ -299,6 +306,8 @@ class Evaluation:
         """
         Metrics of predictions. `with_own` are those with the rows' own personas, where `predictions` were made with others'.
         """
+        if not predictions:
+            return {}
         texts, queries = ([line[key] for line in predictions] for key in ("prediction", "query"))
         personas = [line["persona"] for line in predictions]
         values = dict(text_metrics(texts, [line["reference"] for line in predictions], metrics=self.options.metrics))
@@ -342,23 +351,29 @@ class Evaluation:
         else:
             reference, self.personal_by = scores, "the evaluated model itself"
         values = likelihood_values(token_likelihoods(scores, reference, by_name.get("swapped")))
-        return values | (option_values(self.rows, by_name["options"]) if "options" in by_name else {})
+        if "options" in by_name:
+            values |= option_values(self.rows, by_name["options"], by_name.get("options_swapped"))
+        return values
 
     def _scores(self, name: str) -> list[TokenScores]:
         file = self.score_files[name]
         if not file.is_finished:
             model = self._loaded()
             # Another's persona takes the place of a row's own, whose turn stays
-            args = copy_config(self.args, counterfactual="drop") if name == "swapped" else self.args
+            is_swapped = name.endswith("swapped")
+            args = copy_config(self.args, counterfactual="drop") if is_swapped else self.args
             scorer = PerContrast(model, self.tokenizer, args)
-            rows = self.options_to_score if name == "options" else self.rows
+            of_options = name.startswith("options")
+            rows = self.options_to_score if of_options else self.rows
             prepared, done, started = scorer.prepare(rows), frozenset(file.done), time.time()
             share = file.share()
             if name == "reference":
                 with model.disable_adapter():
                     file.append(scorer.iterate(prepared, done, share))
-            elif name == "swapped":
-                file.append(score_swapped(scorer, prepared, self.users, done, share))
+            elif is_swapped:
+                questions = option_questions(self.rows) if of_options else None
+                users = self.users if questions is None else [self.users[question] for question in questions]
+                file.append(score_swapped(scorer, prepared, users, done, share, questions))
             else:
                 file.append(scorer.iterate(prepared, done, share))
             file.finish()
@@ -366,8 +381,7 @@ class Evaluation:
         return [*file] if self.is_main else []
 
     def _given_reference(self, folder: str) -> list[TokenScores]:
-        lines = read_lines(Path(folder) / "scores.jsonl")
-        by_row = {line["row"]: TokenScores.from_dict(line) for line in lines}
+        by_row = {scores.row: scores for scores in read_scores(folder)}
         missing = [row for row in range(len(self.rows)) if row not in by_row]
         if missing:
             raise ValueError(
@@ -405,6 +419,7 @@ class Evaluation:
             "rows": len(self.rows),
             "users": len({*self.groups} - {None}),
             "predicted": len(self.prompts),
+            "too_long": len(self.rows) - self.fitting,
             "unanswered": unanswered,
             "earlier_replies": sum(prompt.earlier_replies for prompt in self.prompts),
             "trimmed": {"rows": len(trimmed), "tokens": sum(trimmed)},

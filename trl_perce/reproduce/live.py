@@ -7,6 +7,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from ..utils.screen import duration
+
 
 _STATES = {
     "waiting": ("·", "dim"),
@@ -70,7 +72,7 @@ def changed_lines(before: list[dict[str, Any]], cells: list[dict[str, Any]]) -> 
         changed = {step: state for step, state in cell["steps"].items() if state != was.get(step, "waiting")}
         for step, state in changed.items():
             seconds = cell.get("seconds", {}).get(step)
-            lines.append(f"{cell['name']}: {step} {state}" + ("" if seconds is None else f" ({_duration(seconds)})"))
+            lines.append(f"{cell['name']}: {step} {state}" + ("" if seconds is None else f" ({duration(seconds)})"))
         if changed and _state(cell) == "done" and cell["metrics"]:
             lines[-1] += "; " + ", ".join(f"{name} {_metric(value)}" for name, value in cell["metrics"].items())
     return lines
@@ -114,16 +116,8 @@ def _step(cell: dict[str, Any], step: str) -> Text:
     if seconds is None:
         return Text(f"{sign} {state}", style=style)
     return Text(
-        f"{sign} {_duration(seconds)}" if state == "done" else f"{sign} {state} {_duration(seconds)}", style=style
+        f"{sign} {duration(seconds)}" if state == "done" else f"{sign} {state} {duration(seconds)}", style=style
     )
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
 def _metric(value: float | None) -> str:

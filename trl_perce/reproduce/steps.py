@@ -31,6 +31,7 @@ import yaml
 from ..history.entries import to_examples
 from ..history.retrieval import Retriever
 from ..utils.files import is_disk_error, read_lines, write_json_lines, write_text
+from ..utils.memory import peak_memory
 from .grid import GridError, Step
 from .settings import Cell, Settings, Task
 
@@ -69,6 +70,8 @@ class Steps:
     Args:
         settings ([`Settings`]): The grid.
         commands (`Mapping[str, Command]`): `"train"`, `"evaluate"` and `"aloe"`.
+        rows (`Mapping[str, Mapping[str, list]]`, *optional*): Rows of tasks whose benchmark is `"rows"`, by task and split. They are
+            written as they are; what tells them from others belongs into the task's `options`.
 
     Attributes:
         data (`dict[str, Step]`): By task.
@@ -77,8 +80,13 @@ class Steps:
         evaluate (`dict[tuple[Cell, str], list[Step]]`): By run and task.
     """
 
-    def __init__(self, settings: Settings, commands: Mapping[str, Command]):
-        self.settings, self.commands = settings, commands
+    def __init__(
+        self,
+        settings: Settings,
+        commands: Mapping[str, Command],
+        rows: Mapping[str, Mapping[str, list]] | None = None,
+    ):
+        self.settings, self.commands, self._rows = settings, commands, rows or {}
         self._loaded: dict[tuple[str, str], list] = {}  # rows of local files, by task and split
         self.folder = Path(settings.output_dir)
         tasks, cells = settings.tasks, settings.cells()
@@ -123,7 +131,7 @@ class Steps:
             try:
                 if task.benchmark == "aloe":
                     self._check_aloe(task)
-                elif self.data[name].state != "done":
+                elif self.data[name].state != "done" and name not in self._rows:
                     self._check_data(task, self.data[name].settings["rows"])
             except (ValueError, OSError, ImportError) as error:
                 problems.append(f"`tasks`, {name}: {error}")
@@ -177,11 +185,14 @@ class Steps:
 
     def _write_rows(self, task: Task, split: str, num_rows: int) -> dict[str, Any]:
         """Load a split, retrieve, and write it as rows that `trl-perce train` and `evaluate` take."""
-        benchmark = importlib.import_module(f"trl_perce.benchmarks.{task.benchmark}")
-        rows = self._loaded.pop((task.name, split), None) or _load(benchmark, task, split, num_rows)
-        if task.benchmark != "general_qa":
-            retriever = Retriever(**task.retrieval, cache_dir=self.folder / "cache" / "retrieval")
-            rows = to_examples(rows, retriever(rows))
+        if task.name in self._rows:
+            rows = self._rows[task.name][split]
+        else:
+            benchmark = importlib.import_module(f"trl_perce.benchmarks.{task.benchmark}")
+            rows = self._loaded.pop((task.name, split), None) or _load(benchmark, task, split, num_rows)
+            if task.benchmark != "general_qa":
+                retriever = Retriever(**task.retrieval, cache_dir=self.folder / "cache" / "retrieval")
+                rows = to_examples(rows, retriever(rows))
         path = self._data_path(task) / f"{split}.jsonl"
         write_json_lines(path, rows)
         return {"rows": len(rows), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
@@ -220,8 +231,10 @@ class Steps:
         arguments = [argument for key, value in self.settings.launch.items() for argument in (f"--{key}", str(value))]
         if recipe.get("save_strategy", "steps") != "no":
             arguments += ["--resume_from_checkpoint", "true"]
-        _run_command(self.commands["train"].run, recipe, folder / "train", arguments)
-        return read_log(folder)
+        with peak_memory() as memory:
+            run_command(self.commands["train"].run, recipe, folder / "train", arguments)
+        log = read_log(folder)
+        return log if self.settings.launch or not memory else log | {"peak_memory": memory}
 
     # ── evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -229,7 +242,7 @@ class Steps:
         """The evaluation of a model, or of a run's adapter, on a task; and behind it a judge's, if there is one."""
         source = self.settings.models[model]["model_name_or_path"] if cell is None else str(self._run_folder(cell))
         needs: tuple[Step, ...] = () if cell is None else (self.train[cell],)
-        common = self._model_arguments(model) | {"model_name_or_path": source}
+        common = self.model_arguments(model) | {"model_name_or_path": source}
         if task.benchmark == "aloe":
             return [self._aloe_step(common | task.options, folder, needs)]
         config = common | self._evaluation_arguments(task)
@@ -256,7 +269,7 @@ class Steps:
         )
         return [step, judged]
 
-    def _model_arguments(self, model: str) -> dict[str, Any]:
+    def model_arguments(self, model: str) -> dict[str, Any]:
         """What of the arguments of training says how a model is loaded and which rows it sees."""
         from trl import ModelConfig
 
@@ -276,7 +289,7 @@ class Steps:
         return {**self.settings.evaluation, **own, **task.evaluation}
 
     def _evaluate(self, config: dict[str, Any], folder: Path, kind: str, task: Task) -> dict[str, Any]:
-        _run_command(self.commands["evaluate"].run, config, folder / kind, ["--output_dir", str(folder)])
+        run_command(self.commands["evaluate"].run, config, folder / kind, ["--output_dir", str(folder)])
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
         if task.benchmark == "general_qa":
             return self._score_answers(task, folder)
@@ -298,7 +311,7 @@ class Steps:
         config = {key: value for key, value in config.items() if key in names}
 
         def run() -> dict[str, Any]:
-            _run_command(aloe.run, config | {"output_dir": str(folder)}, folder / "aloe_run")
+            run_command(aloe.run, config | {"output_dir": str(folder)}, folder / "aloe_run")
             return json.loads((folder / "aloe.json").read_text(encoding="utf-8"))
 
         return Step(folder, "evaluate", {"config": config} | _trained_with(needs), run, needs)
@@ -354,7 +367,7 @@ def prompt_lengths(folder: Path) -> dict[str, Any]:
     return {"prompt_lengths": lengths | {"rows": len(rows)}}
 
 
-def _run_command(
+def run_command(
     run: Callable[[list[str]], int], config: dict[str, Any], path: Path, arguments: Sequence[str] = ()
 ) -> None:
     """

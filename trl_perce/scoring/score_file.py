@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..utils.files import read_lines
 from ..utils.row_file import RowFile, remove_rows
 from .scores import TokenScores
 
@@ -36,6 +37,11 @@ class ScoreFile(RowFile):
     def append(self, rows: Iterable[TokenScores]) -> None:
         """Write rows as they come, each as a whole line."""
         self.append_lines(scores.to_dict() for scores in rows)
+
+
+def read_scores(folder: str | Path) -> Iterator[TokenScores]:
+    """The rows of a folder's finished `scores.jsonl`, in order."""
+    return map(TokenScores.from_dict, read_lines(Path(folder) / _NAME))
 
 
 def remove_scores(folder: str | Path) -> None:

@@ -48,3 +48,12 @@ def to_copy(words: Sequence[str]) -> str:
         return line
     starts = [0, *(index for index, word in enumerate(words) if word.startswith("--")), len(words)]
     return " \\\n    ".join(shlex.join(words[start:end]) for start, end in zip(starts, starts[1:], strict=False))
+
+
+def duration(seconds: float) -> str:
+    """A time in the two units that matter: `42 s`, `3 min 07 s`, `2 h 05 min`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

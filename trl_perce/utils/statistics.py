@@ -130,7 +130,7 @@ def mean_over_seeds(
 
         V = (MS_seeds + MS_users − MS_rest) / (seeds · users)
 
-    and the interval is `mean ± t · √V`, with Satterthwaite's degrees of freedom. A bootstrap over seeds and users would not
+    and the interval is `mean ± t · √V`, with Satterthwaite's degrees of freedom, not below the least of the mean squares'. A bootstrap over seeds and users would not
     do: with three seeds it can hardly reach beyond the lowest and the highest, so that where seeds matter most, only 3 of 4 of its
     95 % intervals hold the mean. With three seeds this interval is wide where seeds differ; that is how it is.
 
@@ -166,7 +166,9 @@ def mean_over_seeds(
     total = max(squares[0] + squares[1] - squares[2], squares[0], squares[1])
     half = 0.0
     if total > 0:
-        half = stats.t.ppf((1 + level) / 2, total**2 / (squares**2 / degrees).sum()) * np.sqrt(total / (seeds * users))
+        # With few seeds and users the approximation can fall below the freedom of the smallest square, and t to infinity
+        freedom = max(total**2 / (squares**2 / degrees).sum(), degrees.min())
+        half = stats.t.ppf((1 + level) / 2, freedom) * np.sqrt(total / (seeds * users))
     return {"mean": float(mean), "interval": (float(mean - half), float(mean + half))}
 
 
