@@ -24,7 +24,7 @@ FIRST["messages"].insert(0, {"role": "system", "content": "About me:\n{persona}\
 ROWS = [
     FIRST | {"options": OPTIONS, "answer": 0},
     # The persona comes late (on lines of its own, as in the others: no token crosses its border), and roles have other names
-    make_row("b", "I love linen.", "Hi", "Yes?", "\n{persona}\nAnd now?", "A dress.", roles=("human", "gpt")),
+    make_row("b", "I love linen.", "Hi", "Linen?", "\n{persona}\nAnd now?", "A dress.", roles=("human", "gpt")),
     make_row("c", "I ride.", "I say:\n{persona}\nWhat now?", "A bicycle.", options=OPTIONS, answer=1),
 ]
 for row in ROWS:
@@ -113,6 +113,13 @@ def test_evaluated_as_they_are_trained(tmp_path, tiny_model, tokenizer):
     assert metrics["options/pir_margin"]["mean"] == pytest.approx(np.mean(gains), abs=1e-4)
 
     assert (result["rows"], result["predicted"], result["earlier_replies"]) == (3, 3, 2)
+    # Words of earlier turns are not the persona's doing: of "I love linen.", "love" alone is
+    said = ["I love linen, and sew.", "Love and linen!", "I ride a bicycle."]
+    lines = [{**line, "prediction": text} for line, text in zip(lines, said, strict=True)]
+    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluate(tiny_model, tokenizer, given, tmp_path, args, options, {"name": "tiny"})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["uptake/own"] for row in rows] == [1, 1, 1]
     report = (tmp_path / "report.md").read_text()
     assert "Predictions are of the last reply of each conversation; the 2 replies before them stand in" in report
 

@@ -85,9 +85,10 @@ def test_prompts_are_those_of_the_training(smollm2_tokenizer, arguments, kind):
     for prompt, row in zip(make_prompts(rows, smollm2_tokenizer, args), prepared, strict=True):
         starts = [i for i in range(1, len(row["labels"])) if row["labels"][i - 1] == -100 != row["labels"][i]]
         assert prompt.earlier_replies == len(starts) - 1 == (kind == "messages")
-        length = starts[-1]
+        length, query_of = starts[-1], "About me: …\nWhat should I buy?\n"
         assert prompt.input_ids == row["input_ids"][:length] and sum(prompt.persona_mask) > 5
         assert prompt.persona_mask == row["persona_mask"][:length]
+        assert prompt.conversation == (query_of + "What do you sew?\nDresses." if kind == "messages" else prompt.query)
         assert prompt.query == row["_query"] and prompt.persona == row["_persona"]
 
 

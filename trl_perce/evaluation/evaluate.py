@@ -282,7 +282,8 @@ class Evaluation:
     def _text_values(self, predictions, swapped) -> dict[str, np.ndarray]:
         """Overlap and uptake, of the predictions and of those with swapped personas."""
         style = [] if self.options.style_encoder is None else [self.options.style_encoder, self.texts, self.groups]
-        self.digest = _fingerprint([self.options.metrics, predictions, swapped, *style])
+        said = [prompt.conversation for prompt in self.prompts]
+        self.digest = _fingerprint([self.options.metrics, predictions, swapped, said, *style])
         values = self._earlier_values()
         if values is None:
             values = self._metrics_of(predictions)
@@ -308,8 +309,9 @@ class Evaluation:
         """
         if not predictions:
             return {}
-        texts, queries = ([line[key] for line in predictions] for key in ("prediction", "query"))
-        personas = [line["persona"] for line in predictions]
+        texts, personas = ([line[key] for line in predictions] for key in ("prediction", "persona"))
+        said = {prompt.row: prompt.conversation for prompt in self.prompts}
+        queries = [said[line["row"]] for line in predictions]
         values = dict(text_metrics(texts, [line["reference"] for line in predictions], metrics=self.options.metrics))
         if with_own is not None:
             own = {line["row"]: line["persona"] for line in with_own}

@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational, maybe_convert_to_chatml
 
-from ..persona.marks import ROLES, PersonaError, describe, mark_persona, render, render_messages
+from ..persona.marks import ROLES, PersonaError, Span, describe, mark_persona, render, render_messages
 from ..persona.masks import TokenBytes, mask_tokens, persona_stretches, swap_persona, trim_persona
 from ..persona.parts import join_parts, takes_parts
 from ..persona.turns import is_messages
@@ -46,6 +46,8 @@ class Prompt:
         trimmed (`int`, *optional*, defaults to `0`): Tokens that the persona lost, to fit into `max_length`.
         earlier_replies (`int`, *optional*, defaults to `0`): Replies of the assistant in a conversation (`messages`) before the last one.
             They are trained and scored like it, and stand in the prompt: of the last one alone there is a prediction.
+        conversation (`str`, *optional*, defaults to `""`): The query and what was said before it, without the persona and the system's
+            message: words in a reply that are there, too, need not be from the persona.
     """
 
     row: int
@@ -58,6 +60,7 @@ class Prompt:
     persona_mask: list[int]
     trimmed: int = 0
     earlier_replies: int = 0
+    conversation: str = ""
 
     @property
     def counterfactual_ids(self) -> list[int]:
@@ -301,11 +304,21 @@ def _make_prompt(index: int, row: dict[str, Any], tokenizer, token_bytes: TokenB
         user=_text(row.get("user")),
         persona=persona,
         query=query,
+        conversation=_conversation(example, spans) if chat else query,
         reference=_reference(example, alone, tokenizer),
         input_ids=ids,
         persona_mask=mask or [0] * len(ids),
         earlier_replies=earlier_replies,
     )
+
+
+def _conversation(example: dict[str, Any], spans: list[Span]) -> str:
+    said = []
+    for index, message in enumerate(example["prompt"]):
+        if message["role"] not in ("system", "developer"):
+            own = [span._replace(message=0) for span in spans if span.message == index]
+            said.append(describe({"prompt": [message], "completion": example["completion"]}, own)[1])
+    return "\n".join(said)
 
 
 def _kind(row: dict[str, Any]) -> str:
