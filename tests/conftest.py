@@ -10,6 +10,7 @@ import trl_perce.utils.noise  # noqa: F401  (bitsandbytes' message would come be
 
 
 # isort: split
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -162,3 +163,21 @@ def make_args(tmp_path):
         return cls(**{**defaults, **kwargs})
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Real Chromium. For a module and not for all, since Playwright's loop runs as long and no other may."""
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed (pip install playwright)"
+    )
+    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
+    path = next(filter(None, found), None)
+    if path is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        )
+        yield chromium
+        chromium.close()

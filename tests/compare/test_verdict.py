@@ -38,7 +38,7 @@ def verdict(personal, gain=(0.1, 0.3), other=(-0.01, 0.01), share=(-0.1, 0.1), l
             (0.1, 0.3),
             (0.1, 0.3),
             "yes",
-            "uses the persona more than CE: personal tokens are likelier (+0.20 nats [+0.10",
+            "uses the persona more than CE: personal tokens are likelier (+0.20 nats a token [+0.10",
         ),
         ((0.1, 0.3), (-0.1, 0.3), "unclear", "not clearly by the persona: the gain over another user's is +0.10 nats"),
         ((0.1, 0.3), (-0.3, -0.1), "unclear", "not clearly by the persona"),
@@ -72,7 +72,10 @@ def test_the_rest_of_the_reply(other, said):
 
 def test_what_is_lost():
     harmless = verdict((0.1, 0.3), share=(-0.3, -0.1), leak=(-0.2, 0.1))["sentences"]
-    assert "No harm shows in irrelevant questions or in memory of users trained on." in harmless
+    assert (
+        "No clear harm: persona words turn up no more often where they have no place, and no more is told from memory of users trained on."
+        in harmless
+    )
     lost = verdict((0.1, 0.3), share=(0.1, 0.3), leak=(0.1, 0.3))["sentences"]
     said = next(one for one in lost if one.startswith("What was lost with PerCE"))
     assert "persona words in 20 of 100 more answers" in said and "+0.20 nats" in said

@@ -7,7 +7,6 @@ say what went over the network.
 
 import io
 import re
-import shutil
 import subprocess
 import sys
 import warnings
@@ -197,23 +196,6 @@ def test_numbers_of_rows_must_be_positive(rows, tmp_path):
 
 
 # The page
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed (pip install playwright)"
-    )
-    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
-    path = next(filter(None, found), None)
-    if path is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(
-            executable_path=path, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        )
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

@@ -74,6 +74,12 @@ def pairs(findings: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(arm, baseline) for arm in trained if arm != baseline] or [(arm, untrained) for arm in trained]
 
 
+def other_changes(findings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The trained arms that are not judged, each with the untrained model: what training does at all."""
+    judged = [arm for arm, _ in pairs(findings)]
+    return [(arm, findings["arms"][0]) for arm in findings["arms"][1:] if arm not in judged]
+
+
 def against_text(findings: Mapping[str, Any], arm: str, against: str) -> str:
     """`PerCE against CE`."""
     return f"{findings['labels'][arm]} against {findings['labels'][against]}"
@@ -88,9 +94,12 @@ def groups(findings: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]]]
     return [(group["title"], by_key[group["key"]]) for group in findings["groups"] if by_key[group["key"]]]
 
 
+ROWS_HEAD = "rows (users)"
+
+
 def rows_text(measure: Mapping[str, Any]) -> str:
-    """`240 rows of 42 users`."""
-    return _rows(measure["rows"], measure["users"])
+    """As in `ROWS_HEAD`: `240 (42)`."""
+    return f"{measure['rows']:,}" + (f" ({measure['users']:,})" if measure["users"] else "")
 
 
 def data_sentences(findings: Mapping[str, Any]) -> list[str]:

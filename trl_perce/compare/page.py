@@ -5,12 +5,14 @@
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 
 from ..scoring.heatmap.palette import EXPONENT, PALETTE, SCALE, colour
 from ..scoring.heatmap.pieces import printable
@@ -34,7 +36,13 @@ def write_html(findings: Mapping[str, Any], path: str | Path) -> None:
     """
     # Texts of models and users are escaped, wherever they stand
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"sha256": _sha256, "printable": printable, "step": _step, "signed": _signed}
+    environment.filters |= {
+        "sha256": _sha256,
+        "printable": printable,
+        "step": _step,
+        "signed": _signed,
+        "prose": _prose,
+    }
     template = environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     text = template.render(
         findings=findings,
@@ -77,7 +85,7 @@ def forest(findings: Mapping[str, Any]) -> dict[str, Any] | None:
         measure["changes"][arm] for _, own in shown for measure in own for arm in judged if arm in measure["changes"]
     ]
     ends = [end for change in changes for end in (change["difference"], *(change["interval"] or ()))]
-    ticks = MaxNLocator(5, min_n_ticks=3).tick_values(min(0, *ends), max(0, *ends)).tolist()
+    ticks = [*map(float, MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(min(0.0, *ends), max(0.0, *ends)))]
     low, width = ticks[0], ticks[-1] - ticks[0]
 
     def x(value: float) -> float:
@@ -109,7 +117,7 @@ def _colours() -> list[tuple[str, str, str]]:
     """Class, and colours in the light and in the dark."""
     strengths = [(step, SCALE * (step / _STEPS) ** (1 / EXPONENT)) for step in range(1, _STEPS + 1)]
     return [
-        (f"{letter}{step}", *(colour(sign * pir, theme) for theme in ("light", "dark")))
+        (f"{letter}{step}", colour(sign * pir, "light"), colour(sign * pir, "dark"))
         for letter, sign in (("n", -1), ("p", 1))
         for step, pir in strengths
     ]
@@ -123,6 +131,13 @@ def _step(pir: float) -> str:
 
 def _signed(pir: float) -> str:
     return f"{pir:+.1f}".replace("-", "−")
+
+
+def _prose(text: str) -> Markup:
+    """A sentence with its code as code, what stands in parentheses set apart, and intervals that no line breaks."""
+    html = re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text)))
+    html = re.sub(r"\[[^][]*\]", lambda match: match[0].replace(" ", "\u00a0"), html)
+    return Markup(re.sub(r"\([^()]*\)", r'<span class="aside">\g<0></span>', html))
 
 
 def _sha256(text: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..scoring.heatmap.pieces import printable
 from ..utils.files import write_text
-from ..utils.markdown import escape, table
+from ..utils.markdown import code, escape, table
 from ..utils.screen import WIDTH, fit
 from . import formats
 
@@ -83,9 +83,9 @@ def write_markdown(findings: Mapping[str, Any], path: str | Path) -> None:
         path (`str` or `Path`): File to write.
     """
     verdict, labels = findings["verdict"], findings["labels"]
-    parts = [f"# {escape(verdict['sentences'][0])}", *map(escape, verdict["sentences"][1:])]
-    parts += [f"> {escape(remark)}" for remark in verdict["remarks"]]
-    parts += ["## How this was decided", _list(map(escape, verdict["rules"]))]
+    parts = [f"# {_prose(verdict['sentences'][0])}", *map(_prose, verdict["sentences"][1:])]
+    parts += [f"> {_prose(remark)}" for remark in verdict["remarks"]]
+    parts += ["## How this was decided", _list(map(_prose, verdict["rules"]))]
     if findings["measures"]:
         parts.append("## The figures")
         for title, measures in formats.groups(findings):
@@ -105,7 +105,7 @@ def write_markdown(findings: Mapping[str, Any], path: str | Path) -> None:
     for answer in findings["answers"]:
         user = "" if answer["user"] is None else f", {escape(printable(str(answer['user'])))}"
         names = {"persona": "persona", "query": "query", "reference": "own reply"}
-        lines = [f"{name}: {escape(printable(answer[key]))}" for key, name in names.items()]
+        lines = [f"{name}: {escape(printable(answer[key] or ''))}" for key, name in names.items()]
         lines += [
             f"{escape(labels[arm])}: {_bold(answer['answers'][arm]['pieces'], findings['threshold']) or '(empty)'}"
             for arm in findings["arms"]
@@ -118,7 +118,7 @@ def write_markdown(findings: Mapping[str, Any], path: str | Path) -> None:
             table(formats.COST_HEAD, [[escape(line[0]), *line[1:]] for line in formats.cost_lines(findings)]),
         ]
         parts.append(escape(formats.cost_note(findings)))
-    parts += ["## How it was made", *map(escape, formats.data_sentences(findings))]
+    parts += ["## How it was made", *map(_prose, formats.data_sentences(findings))]
     parts.append(_list(f"{escape(name)}: {escape(value)}" for name, value in findings["settings"]))
     write_text(path, "\n\n".join(parts) + "\n")
 
@@ -127,31 +127,38 @@ def _measures_table(findings: Mapping[str, Any], measures: Sequence[Mapping[str,
     arms, pairs = findings["arms"], formats.pairs(findings)
     head = ["", *(findings["labels"][arm] for arm in arms)]
     head += [formats.against_text(findings, arm, against) for arm, against in pairs]
-    lines = []
-    for measure in measures:
-        changes = [
-            f"{formats.change_text(measure, arm)} {formats.change_interval_text(measure, arm)} {formats.reading(measure, arm)}"
-            for arm, _ in pairs
+    lines = [
+        [
+            formats.title_text(measure),
+            *(formats.mean_text(measure, arm) for arm in arms),
+            *(_change(measure, arm) for arm, _ in pairs),
+            measure["note"],
         ]
-        means = [formats.mean_text(measure, arm) for arm in arms]
-        lines.append([formats.title_text(measure), *means, *changes, measure["note"]])
+        for measure in measures
+    ]
     return table([*map(escape, head), ""], [[*map(escape, line)] for line in lines])
 
 
 def _intervals_table(findings: Mapping[str, Any]) -> str:
-    arms = findings["arms"]
+    arms, others = findings["arms"], formats.other_changes(findings)
+    head = ["", *(findings["labels"][arm] for arm in arms)]
+    head += [formats.against_text(findings, arm, against) for arm, against in others]
     lines = [
         [
             formats.title_text(measure),
             *(f"{formats.mean_text(measure, arm)} {formats.mean_interval_text(measure, arm)}" for arm in arms),
+            *(_change(measure, arm) for arm, _ in others),
             formats.rows_text(measure),
         ]
         for _, measures in formats.groups(findings)
         for measure in measures
     ]
-    return table(
-        ["", *(escape(findings["labels"][arm]) for arm in arms), "of"], [[*map(escape, line)] for line in lines]
-    )
+    return table([*map(escape, head), formats.ROWS_HEAD], [[*map(escape, line)] for line in lines])
+
+
+def _change(measure: Mapping[str, Any], arm: str) -> str:
+    parts = (formats.change_text, formats.change_interval_text, formats.reading)
+    return " ".join(part(measure, arm) for part in parts)
 
 
 def _list(lines) -> str:
@@ -160,9 +167,17 @@ def _list(lines) -> str:
 
 def _bold(pieces: Sequence[tuple[str, float | None]], threshold: float) -> str:
     """The text of an answer in one line. `<b>`, since stars make nothing bold where no space is around them."""
-    text = ""
-    for piece, pir in pieces:
-        # With an end on both sides, so that the spaces around it stay
-        plain = escape(f".{printable(piece)}.")[1:-1]
-        text += f"<b>{plain}</b>" if pir is not None and pir > threshold else plain
+    text = "".join(
+        f"<b>{_plain(piece)}</b>" if pir is not None and pir > threshold else _plain(piece) for piece, pir in pieces
+    )
     return " ".join(text.replace("</b><b>", "").split())
+
+
+def _prose(text: str) -> str:
+    """A sentence of ours, its code as code."""
+    return "".join(code(part) if index % 2 else _plain(part) for index, part in enumerate(text.split("`")))
+
+
+def _plain(text: str) -> str:
+    """As [`escape`] does, but a space at an end stays."""
+    return escape(f".{printable(text)}.")[1:-1]

@@ -111,7 +111,7 @@ def _of_method(arm, by_name, labels, baseline, users, cost) -> tuple[str, list[s
         )
     else:
         answer = "unclear"
-        first = f"{begin}it cannot be told whether {name} uses the persona more than {other}: {_nats(personal)} a personal token."
+        first = f"{begin}it cannot be told whether {name} uses the persona more than {other}: personal tokens changed by {_nats(personal)}."
     sentences = [first, *_lost(arm, name, by_name)]
     seconds = [cost[one]["train_seconds"] for one in (arm, baseline)]
     if all(seconds) and sum(seconds[1]) > 0:
@@ -131,23 +131,26 @@ def _lost(arm: str, name: str, by_name: Mapping[str, Mapping[str, Any]]) -> list
             said = "is less likely" if high < 0 else "is likelier"
         else:
             said = "may be as likely as before or not, which cannot be told"
-        sentences.append(f"The rest of the reply {said} ({_nats(rest)} a token).")
+        sentences.append(f"The rest of the reply {said} ({_nats(rest)}).")
     found = []
     if (share := _change(by_name, "irrelevant/share", arm)) is not None and _sign(share) > 0:
         found.append(
             f"persona words in {100 * share['difference']:.0f} of 100 more answers in which they have no place"
         )
     if (leak := _change(by_name, "leak", arm)) is not None and _sign(leak) > 0:
-        found.append(f"more told from memory of users trained on ({_nats(leak)} a personal token without any persona)")
+        found.append(f"more told from memory of users trained on (personal tokens without any persona: {_nats(leak)})")
     asked = [
         what
-        for what, measure in (("irrelevant questions", "irrelevant/share"), ("memory of users trained on", "leak"))
+        for measure, what in (
+            ("irrelevant/share", "persona words turn up no more often where they have no place"),
+            ("leak", "no more is told from memory of users trained on"),
+        )
         if measure in by_name
     ]
     if found:
         sentences.append(f"What was lost with {name}: {'; '.join(found)}.")
     elif asked:
-        sentences.append(f"No harm shows in {' or in '.join(asked)}.")
+        sentences.append(f"No clear harm: {', and '.join(asked)}.")
     return sentences
 
 
@@ -164,7 +167,7 @@ def _sign(change: Mapping[str, Any]) -> int:
 
 
 def _nats(change: Mapping[str, Any]) -> str:
-    text = f"{change['difference']:+.2f} nats"
+    text = f"{change['difference']:+.2f} nats a token"
     if change["interval"] is not None:
         low, high = change["interval"]
         text += f" [{low:+.2f}, {high:+.2f}]"
