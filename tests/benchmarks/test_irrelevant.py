@@ -305,6 +305,12 @@ def test_rows_that_cannot_be_used_are_counted(caplog):
     assert "1 rows, whose query cannot be replaced by another question, were left out: no persona (1)." in caplog.text
 
 
+def test_messages_are_a_prompt_and_a_completion():
+    rows = made_of(lambda persona, query: chat(("system", f"About me: {persona}"), ("user", query)))
+    talks = [{"persona": row["persona"], "messages": row["prompt"] + row["completion"]} for row in rows]
+    assert ask_irrelevant(talks) == ask_irrelevant(rows)
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -325,8 +331,10 @@ def test_unclear_rows_are_named():
     rows = made_of(lambda persona, query: f"About me: {persona}\n\n{query}")
     with pytest.raises(PersonaError, match="^row 12: .* is not closed"):
         ask_irrelevant([*rows, {"prompt": "<persona>I", "completion": "Fine."}])
-    with pytest.raises(ValueError, match="^row 0 needs 'prompt' and 'completion'; it has 'messages'"):
-        ask_irrelevant([{"messages": chat(("user", "Hi")) + ANSWER}])
+    with pytest.raises(ValueError, match="^row 0: it needs 'prompt' and 'completion', or 'messages'; it has 'text'"):
+        ask_irrelevant([{"text": "Hi"}])
+    with pytest.raises(PersonaError, match="^row 0: the conversation ends with a message of 'user'"):
+        ask_irrelevant([{"messages": chat(("user", "Hi"))}])
     with pytest.raises(PersonaError, match="replaced by another question: there is no row. Write"):
         ask_irrelevant([])
 

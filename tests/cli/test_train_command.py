@@ -33,6 +33,11 @@ def test_the_cards_of_checkpoints_name_the_dataset(tmp_path, tiny_model, monkeyp
 def test_the_command_that_is_printed_evaluates(tmp_path, tiny_model, capsys, monkeypatch, has_test):
     monkeypatch.chdir(tmp_path)
     splits = {"train": make_chat_rows()} | ({"test": make_chat_rows(2)} if has_test else {})
+    if has_test:  # as conversations, which are evaluated as they are trained
+        splits = {
+            name: [{"persona": row["persona"], "messages": row["prompt"] + row["completion"]} for row in rows]
+            for name, rows in splits.items()
+        }
     write_splits(tmp_path / "my data", **splits)
     recipe(tmp_path / "config.yaml", model_name_or_path=tiny_model, max_steps=1, max_length=200)
     argv = ["--config", "config.yaml", "--dataset_name", "my data", "--output_dir", "outputs/my adapter/"]

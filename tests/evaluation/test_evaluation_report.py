@@ -8,7 +8,15 @@ from rich.console import Console
 from trl_perce.evaluation.report import print_result
 
 
-SHOWN = ("rougeL", "uptake/own", "uptake/other", "log_likelihood/personal", "pir/personal", "judge/personalization")
+SHOWN = (
+    "rougeL",
+    "uptake/own",
+    "uptake/other",
+    "log_likelihood/personal",
+    "pir/personal",
+    "style/margin",
+    "judge/personalization",
+)
 
 
 def printed(interval=(0.2, 0.4), baseline=None, users=70, **changes) -> list[str]:
@@ -24,9 +32,10 @@ def printed(interval=(0.2, 0.4), baseline=None, users=70, **changes) -> list[str
             "too_long": 10,
             "predicted": 200,
             "unanswered": 3,
+            "earlier_replies": 7,
             "trimmed": {"rows": 3, "tokens": 20},
         },
-        **{"personal_by": "the model itself", "judge": None},
+        **{"personal_by": "the model itself", "judge": None, "style_encoder": "encoders/luar"},
     }
     console = Console(file=io.StringIO(), width=80, highlight=False)
     print_result(result, console)
@@ -68,5 +77,5 @@ def test_a_comparison():
     tests["pir/personal"] = {"difference": 0.125, "interval": [0.05, 0.25], "p_value": 0.031}
     tests["rougeL"] = {"difference": -100.5, "interval": [-123.456, -100.456], "p_value": 0.031}
     lines = printed(baseline={"folder": "outputs/base", "tests": tests})
-    assert lines[0] == "Against the baseline: higher: pir/personal; lower: rougeL; no clear change in 4 "
+    assert lines[0] == "Against the baseline: higher: pir/personal; lower: rougeL; no clear change in 5 "
     assert table(lines)["uptake/other"] == ["0.300", "0.175", "+0.125", "[-0.100,", "0.250]", "0.031"]

@@ -69,10 +69,13 @@ def greedy_by_hand(model, ids, stop, steps=12, negative=None, scale=1.0):
 # ── prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_prompts_are_those_of_the_training(smollm2_tokenizer, arguments, plain):
+@pytest.mark.parametrize("kind", ["chat", "plain", "messages"])
+def test_prompts_are_those_of_the_training(smollm2_tokenizer, arguments, kind):
     rows = ROWS
-    if plain:
+    if kind == "messages":
+        reply = [{"role": "assistant", "content": "What do you sew?"}, {"role": "user", "content": "Dresses."}]
+        rows = [{"persona": row["persona"], "messages": row["prompt"] + reply + row["completion"]} for row in ROWS]
+    if kind == "plain":
         rows = [
             {"persona": row["persona"], "prompt": row["prompt"][0]["content"] + "\n", "completion": "Needles."}
             for row in ROWS
@@ -80,9 +83,12 @@ def test_prompts_are_those_of_the_training(smollm2_tokenizer, arguments, plain):
     args = arguments()
     prepared = Preparation(smollm2_tokenizer, args)(Dataset.from_list(rows), "test").dataset
     for prompt, row in zip(make_prompts(rows, smollm2_tokenizer, args), prepared, strict=True):
-        length = next(position for position, label in enumerate(row["labels"]) if label != -100)
+        starts = [i for i in range(1, len(row["labels"])) if row["labels"][i - 1] == -100 != row["labels"][i]]
+        assert prompt.earlier_replies == len(starts) - 1 == (kind == "messages")
+        length, query_of = starts[-1], "About me: …\nWhat should I buy?\n"
         assert prompt.input_ids == row["input_ids"][:length] and sum(prompt.persona_mask) > 5
         assert prompt.persona_mask == row["persona_mask"][:length]
+        assert prompt.conversation == (query_of + "What do you sew?\nDresses." if kind == "messages" else prompt.query)
         assert prompt.query == row["_query"] and prompt.persona == row["_persona"]
 
 
@@ -142,10 +148,6 @@ def test_swapped_personas_are_another_users(tokenizer, arguments):
 @pytest.mark.parametrize(
     "row, message",
     [
-        (
-            {"messages": [{"role": "user", "content": "Hi"}]},
-            "row 1: evaluation needs the columns 'prompt' and 'completion'",
-        ),
         ({**make_row(0), "prompt": "What?"}, "row 1: .*there is a column 'persona'"),
         (make_row(0, completion=[{"role": "assistant", "content": "A"}] * 3), "row 1: 'completion' has 3 messages"),
     ],

@@ -123,6 +123,13 @@ def test_preferences_keep_their_options(tmp_path):
 def test_options_of_messages_are_answers():
     row = {**make_rows()[0], "completion": [{"role": "assistant", "content": "Buy bread."}]}
     assert [scored["completion"][0]["content"] for scored in option_rows([row])] == row["options"]
+    turns = [{"from": "human", "value": row.pop("prompt")}, {"from": "gpt", "value": "Buy bread."}]
+    row = {**{name: row[name] for name in ("persona", "options", "answer")}, "conversations": turns}
+    before = copy.deepcopy(row)
+    for scored, option in zip(option_rows([row]), row["options"], strict=True):
+        assert scored["prompt"] == [{"role": "human", "content": turns[0]["value"]}] and "messages" not in scored
+        assert scored["completion"] == [{"role": "assistant", "content": option}]
+    assert row == before  # which is the caller's
 
 
 @pytest.mark.parametrize(

@@ -78,8 +78,10 @@ def test_empty_predictions_are_told():
         "too_long": 0,
         "predicted": 3,
         "unanswered": 2,
+        "earlier_replies": 0,
         "trimmed": {"rows": 0},
         "personal_by": None,
+        "style_encoder": None,
         "metrics": {},
     }
     (remark,) = _remarks(json.loads(json.dumps(result | {"judge": None, "baseline": None})))

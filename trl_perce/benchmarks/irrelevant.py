@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from trl import maybe_convert_to_chatml
 
+from ..evaluation.predictions import split_conversation
 from ..persona.marks import PLACEHOLDER, PersonaError, mark_persona
 from ..persona.parts import join_parts
 from .reading import Skips, check_unique, random_order, read_records, take
@@ -99,7 +100,8 @@ def ask_irrelevant(
     to it. Parts of a message are joined by a line break.
 
     Args:
-        rows (iterable of `dict`): Rows with `prompt` and `completion` and a persona as `evaluate` takes them, better of many users.
+        rows (iterable of `dict`): Rows with `prompt` and `completion`, or `messages`, and a persona as `evaluate` takes them, better of many
+            users.
         seed (`int`, *optional*, defaults to `0`): Of the order of questions and users.
         num_questions (`int`, *optional*, defaults to `100`): How many to ask, 1 to 100, drawn at random. A user gets a second one only
             when each has one. Users without a name are told apart by their personas.
@@ -108,12 +110,12 @@ def ask_irrelevant(
         skips ([`~trl_perce.benchmarks.reading.Skips`], *optional*): Counts rows that cannot be used, by reason, instead of the log.
 
     Returns:
-        `list[dict[str, Any]]`: A row each question: `id`, `topic`, `prompt` and `completion` of the kind of the given ones, and `user`,
+        `list[dict[str, Any]]`: A row each question: `id`, `topic`, `prompt` and `completion` (messages or texts, as the given ones), and `user`,
             `persona` and `chat_template_kwargs` where they have them.
 
     Raises:
         `PersonaError`: A row's persona is unclear (the message names the row), or no row can be used.
-        `ValueError`: A row is not of the type prompt-completion, or there are not as many questions.
+        `ValueError`: A row has no prompt and response, or there are not as many questions.
     """
     questions = load()
     if not 1 <= num_questions <= len(questions):
@@ -147,9 +149,12 @@ def ask_irrelevant(
 
 def _place(row: dict[str, Any], index: int, start_marker: str, end_marker: str) -> _Place | str:
     """The place of a row's query, or why there is none."""
-    if row.get("prompt") is None or row.get("completion") is None:
-        raise ValueError(f"row {index} needs 'prompt' and 'completion'; it has {', '.join(map(repr, row))}.")
     try:
+        row = split_conversation(row)
+        if row.get("prompt") is None or row.get("completion") is None:
+            raise PersonaError(
+                f"it needs 'prompt' and 'completion', or 'messages'; it has {', '.join(map(repr, row))}."
+            )
         marked, spans = mark_persona(copy.deepcopy(row), "text", start_marker, end_marker)
     except PersonaError as error:
         raise PersonaError(f"row {index}: {error}") from error

@@ -251,7 +251,8 @@ def _next_step(argv: list[str], dataset, script_args, training_args, *args) -> s
 
     train, test = script_args.dataset_train_split, script_args.dataset_test_split
     split = next((name for name in (test, *dataset) if name in dataset and name != train), train)
-    if not {"prompt", "completion"} <= {*get_dataset_column_names(dataset[split])}:
+    columns = {*get_dataset_column_names(dataset[split])}
+    if not ({"prompt", "completion"} <= columns or {"messages", "conversations"} & columns):
         return ""
     config = argv[argv.index("--config") + 1] if "--config" in argv[:-1] else None
     recipe = {} if config is None else read_yaml(config) or {}

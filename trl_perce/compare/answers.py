@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.predictions import choose_rows
+from ..evaluation.predictions import choose_rows, split_conversation
 from ..reproduce.grid import Step
 from ..reproduce.steps import Steps, run_command
 from ..scoring.heatmap.pieces import pieces_of
@@ -110,9 +110,7 @@ def _chosen(steps: Steps, number: int) -> list[tuple[int, dict[str, dict[str, An
 
 def _with_answer(row: dict[str, Any], answer: str) -> dict[str, Any]:
     """A row whose response is an answer."""
-    kept = {key: value for key, value in row.items() if key not in ("messages", "options", "answer")}
-    if "messages" in row:
-        kept |= {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
+    kept = split_conversation({key: value for key, value in row.items() if key not in ("options", "answer")})
     completion = kept["completion"]
     is_chat = isinstance(completion, list)
     space = "" if is_chat else completion[: len(completion) - len(completion.lstrip())]

@@ -100,6 +100,9 @@ class EvaluationArguments:
             Folder with `scores.jsonl` of the same rows, from `trl-perce score` or another evaluation (`…/scores`), which decides
             which tokens are personal: that of the untrained model. If `None`, an adapter's base model decides, and a model
             without an adapter decides itself.
+        style_encoder (`str`, *optional*):
+            Name or folder of an encoder by which predictions are compared with the user's responses in other rows, and with other
+            users' ([`~style.style_values`]): LUAR, which needs `trust_remote_code`, or any that sentence-transformers loads.
         swap_persona (`bool`, *optional*, defaults to `False`):
             Whether predictions and likelihoods are made with another user's persona, too, which tells use of the right persona from
             copying whatever persona there is. Doubles the cost of generation.
@@ -135,6 +138,13 @@ class EvaluationArguments:
         metadata={
             "help": "Folder with scores.jsonl of the same rows (of the untrained model) that decides which tokens are personal. By "
             "default an adapter's base model decides, and a model without an adapter itself."
+        },
+    )
+    style_encoder: str | None = field(
+        default=None,
+        metadata={
+            "help": "Encoder (LUAR, or of sentence-transformers) that tells how much more like the user's own texts than like other "
+            "users' a prediction is."
         },
     )
     swap_persona: bool = field(

@@ -13,6 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from .options import option_questions, option_rows, option_values
 from .predictions import choose_rows, make_prompts, other_rows
 from .report import write_report
 from .results import compare, read_baseline, summarise
+from .style import check_baseline, check_encoder, check_texts, load_encoder, style_values
 from .uptake import persona_uptakes
 
 
@@ -77,10 +79,12 @@ def evaluate(
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): Name or folder of a model or of an adapter, which is
             loaded when a step needs it; or a model, which is run where it is, with its adapters, and left as it was.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`] or `None`): If `None`, it is loaded from the model's name.
-        rows (iterable of `dict`): Rows with `prompt`, `completion`, a persona, and if possible `user` and `id`.
+        rows (iterable of `dict`): Rows with `prompt` and `completion`, or with `messages`, a persona, and if possible `user` and `id`. Of
+            `messages`, predictions are of the last one, which must be the assistant's; likelihoods are of all the assistant's, which are
+            what is trained.
         folder (`str` or `Path`): Where to write `predictions.jsonl`, `metrics.jsonl`, `metrics.json`, `report.md`, and the rest.
-        args ([`GenerationArguments`]): Configuration of generation and scoring. Of a reference only the response is scored, as with
-            `completion_only_loss=True`.
+        args ([`GenerationArguments`]): Configuration of generation and scoring. Only responses are scored, whatever
+            `completion_only_loss` and `assistant_only_loss` are.
         options ([`EvaluationArguments`], *optional*): What to evaluate.
         settings (`dict[str, Any]`, *optional*): What identifies the model, as JSON takes it (its name, the training run). Earlier
             results in the folder are used only where it is the same. By default the names of model and adapter; a model that is
@@ -90,7 +94,7 @@ def evaluate(
 
     Returns:
         `dict[str, Any]`: What `metrics.json` holds: `"rows"`, `"users"` (told by their personas where they are not named), `"predicted"`,
-            `"unanswered"` (thoughts without an answer), `"trimmed"`, `"settings"`, `"personal_by"`, `"metrics"` (`{name: {"mean", "interval", "rows"}}`), `"judge"` and `"baseline"` (`None`, or `"folder"` and `"tests"`).
+            `"unanswered"` (thoughts without an answer), `"earlier_replies"` (of conversations, without a prediction), `"trimmed"`, `"settings"`, `"personal_by"`, `"style_encoder"`, `"metrics"` (`{name: {"mean", "interval", "rows"}}`), `"judge"` and `"baseline"` (`None`, or `"folder"` and `"tests"`).
             Empty on other processes than the main one.
 
     Raises:
@@ -112,7 +116,7 @@ class Evaluation:
         self, model, tokenizer, rows, folder, args, options=None, settings=None, adapter=None, say=logger.info
     ):
         self.options = options or EvaluationArguments()
-        self.args = copy_config(args, completion_only_loss=True, assistant_only_loss=False)
+        self.args = copy_config(args, completion_only_loss=None, assistant_only_loss=None)  # the responses alone
         self.is_main = PartialState().is_main_process
         self.folder, self.say = Path(folder), say if self.is_main else _say_nothing
         self.rows = [*rows]
@@ -132,6 +136,10 @@ class Evaluation:
         # What the bootstrap draws: users, told by their personas where they are not named
         known = {prompt.row: prompt.user or prompt.persona for prompt in self.prompts}
         self.groups = [known.get(row) or None for row in range(len(self.rows))]
+        references = {prompt.row: prompt.reference for prompt in self.prompts}
+        self.texts = [references.get(row, "") for row in range(len(self.rows))]
+        if self.options.style_encoder is not None:
+            check_texts(self.texts, self.groups)
         self.fitting = len(self.prompts)
         chosen = choose_rows([known[prompt.row] for prompt in self.prompts], self.options.prediction_rows)
         self.prompts = [self.prompts[place] for place in chosen]
@@ -139,6 +147,8 @@ class Evaluation:
             self.swapped = [self.swapped[place] for place in chosen]
         baseline = self.options.baseline
         self.baseline = None if baseline is None else read_baseline(baseline, self.prompts)
+        if baseline is not None and self.options.style_encoder is not None:
+            check_baseline(baseline, self.options.style_encoder)
         if settings is None and self.base is None:
             raise ValueError("`settings` is missing: a name that tells this model's results from another's.")
         names = {"model": self.base, "adapter": self.adapter}
@@ -183,6 +193,8 @@ class Evaluation:
         options = self.options
         if self.is_main:  # or all would download NLTK's data
             text_metrics([], [], metrics=options.metrics)  # unknown names, missing packages and data
+        if options.style_encoder is not None:
+            check_encoder(options.style_encoder, self.args.trust_remote_code)
         if self.args.counterfactual == "swap":
             raise ValueError(
                 "`counterfactual='swap'` is not for evaluation. Set `swap_persona`, and `counterfactual='drop'`."
@@ -269,7 +281,9 @@ class Evaluation:
 
     def _text_values(self, predictions, swapped) -> dict[str, np.ndarray]:
         """Overlap and uptake, of the predictions and of those with swapped personas."""
-        self.digest = _fingerprint([self.options.metrics, predictions, swapped])
+        style = [] if self.options.style_encoder is None else [self.options.style_encoder, self.texts, self.groups]
+        said = [prompt.conversation for prompt in self.prompts]
+        self.digest = _fingerprint([self.options.metrics, predictions, swapped, said, *style])
         values = self._earlier_values()
         if values is None:
             values = self._metrics_of(predictions)
@@ -295,8 +309,9 @@ class Evaluation:
         """
         if not predictions:
             return {}
-        texts, queries = ([line[key] for line in predictions] for key in ("prediction", "query"))
-        personas = [line["persona"] for line in predictions]
+        texts, personas = ([line[key] for line in predictions] for key in ("prediction", "persona"))
+        said = {prompt.row: prompt.conversation for prompt in self.prompts}
+        queries = [said[line["row"]] for line in predictions]
         values = dict(text_metrics(texts, [line["reference"] for line in predictions], metrics=self.options.metrics))
         if with_own is not None:
             own = {line["row"]: line["persona"] for line in with_own}
@@ -310,9 +325,17 @@ class Evaluation:
                 self.say(f"No uptake of another user's persona to compare with. {error}")
             else:
                 values["uptake/other"] = persona_uptakes(texts, [personas[other] for other in others], queries)
+        if self.options.style_encoder is not None:
+            of_rows = [line["row"] for line in predictions]
+            values |= style_values(texts, of_rows, self.texts, self.groups, self._style_encoder)
         values["num_tokens"] = np.array([line["num_tokens"] for line in predictions], dtype=float)
         values["finished"] = np.array([line["finished"] for line in predictions], dtype=float)
         return {name: self._by_row(predictions, own) for name, own in values.items()}
+
+    @cached_property
+    def _style_encoder(self):
+        name, device = str(self.options.style_encoder), "cpu" if self.args.use_cpu else None
+        return load_encoder(name, self.args.trust_remote_code, device)
 
     def _by_row(self, predictions, own: np.ndarray) -> np.ndarray:
         """Values of predictions as values of all rows, NaN for those that were left out."""
@@ -400,9 +423,11 @@ class Evaluation:
             "predicted": len(self.prompts),
             "too_long": len(self.rows) - self.fitting,
             "unanswered": unanswered,
+            "earlier_replies": sum(prompt.earlier_replies for prompt in self.prompts),
             "trimmed": {"rows": len(trimmed), "tokens": sum(trimmed)},
             "settings": self.settings | used | {"precision": describe_precision(self.args, self._dtype)},
             "personal_by": self.personal_by,
+            "style_encoder": self.options.style_encoder,
             "metrics": summarise(values, self.groups),
             "judge": judged,
             "baseline": compared,

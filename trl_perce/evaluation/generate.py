@@ -76,7 +76,7 @@ class _Generator:
         Generate a prediction for each row.
 
         Args:
-            rows (iterable of `dict` or [`~datasets.Dataset`]): Rows with `prompt`, `completion` and a persona ([`make_prompts`]).
+            rows (iterable of `dict` or [`~datasets.Dataset`]): Rows with a prompt, a response and a persona ([`make_prompts`]).
             done (`Collection[int]`, *optional*): Indices of rows to pass over.
             swap_persona (`bool`, *optional*, defaults to `False`): Whether each row gets the persona of the next row with another
                 user's: what of the persona still comes up then is not owed to it.
@@ -86,7 +86,7 @@ class _Generator:
 
         Raises:
             `PersonaError`: A row's persona is unclear; the message names the row.
-            `ValueError`: There is no row, or a row is not of the type prompt-completion.
+            `ValueError`: There is no row, or a row has no response.
         """
         yield from self.iterate(make_prompts(rows, self.tokenizer, self.args, swap_persona), done)
 

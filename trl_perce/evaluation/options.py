@@ -12,6 +12,7 @@ import numpy as np
 
 from ..persona.marks import PersonaError
 from ..scoring.scores import TokenScores
+from .predictions import split_conversation
 
 
 def has_options(row: dict[str, Any]) -> bool:
@@ -21,10 +22,10 @@ def has_options(row: dict[str, Any]) -> bool:
 
 def option_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """
-    Rows to score: each option of each row that has some, in the place of its response.
+    Rows to score: each option of each row that has some, in the place of its response, a conversation's last reply.
 
     Args:
-        rows (iterable of `dict`): Rows with `prompt` and `completion`. Those with options have `options` (`list[str]`, two or more) and
+        rows (iterable of `dict`): Rows with `prompt` and `completion`, or `messages`. Those with options have `options` (`list[str]`, two or more) and
             `answer` (`int`, the index of the option that is right for the user).
 
     Returns:
@@ -49,11 +50,14 @@ def option_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             raise PersonaError(
                 f"row {index}: 'answer' is {answer!r}. Write the index of the right option, 0 to {len(options) - 1}."
             )
-        rest = {name: value for name, value in row.items() if name not in ("options", "answer")}
-        is_chat = isinstance(row["completion"], list)
+        try:
+            rest = split_conversation({name: row[name] for name in row if name not in ("options", "answer")})
+        except PersonaError as error:
+            raise PersonaError(f"row {index}: {error}") from error
+        response = rest["completion"]
         for option in options:
             completion: Any = (
-                [{"role": "assistant", "content": option}] if is_chat else _like(row["completion"], option)
+                [{"role": "assistant", "content": option}] if isinstance(response, list) else _like(response, option)
             )
             scored.append({**rest, "completion": completion})
     return scored

@@ -12,11 +12,12 @@ from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from trl import is_conversational
+from trl import is_conversational, maybe_convert_to_chatml
 
-from ..persona.marks import PersonaError, describe, mark_persona, render, render_messages
+from ..persona.marks import ROLES, PersonaError, Span, describe, mark_persona, render, render_messages
 from ..persona.masks import TokenBytes, mask_tokens, persona_stretches, swap_persona, trim_persona
 from ..persona.parts import join_parts, takes_parts
+from ..persona.turns import is_messages
 from ..utils.logger import get_logger
 from .thoughts import opens_thought, split_thought
 from .uptake import other_personas
@@ -43,6 +44,10 @@ class Prompt:
         input_ids (`list[int]`): Tokens of the prompt, up to where the model's answer begins.
         persona_mask (`list[int]`): 1 where a token belongs to the persona.
         trimmed (`int`, *optional*, defaults to `0`): Tokens that the persona lost, to fit into `max_length`.
+        earlier_replies (`int`, *optional*, defaults to `0`): Replies of the assistant in a conversation (`messages`) before the last one.
+            They are trained and scored like it, and stand in the prompt: of the last one alone there is a prediction.
+        conversation (`str`, *optional*, defaults to `""`): The query and what was said before it, without the persona and the system's
+            message: words in a reply that are there, too, need not be from the persona.
     """
 
     row: int
@@ -54,6 +59,8 @@ class Prompt:
     input_ids: list[int]
     persona_mask: list[int]
     trimmed: int = 0
+    earlier_replies: int = 0
+    conversation: str = ""
 
     @property
     def counterfactual_ids(self) -> list[int]:
@@ -70,8 +77,8 @@ def make_prompts(
     not be trimmed: `truncate_persona=False`) are left out. Both are counted and logged.
 
     Args:
-        rows (iterable of `dict`): Rows with `prompt` and `completion`, conversational or text, and a persona as [`PerCETrainer`]
-            takes it. Columns `id` and `user` are optional.
+        rows (iterable of `dict`): Rows with `prompt` and `completion`, conversational or text, or with `messages`, whose last one is
+            the reply ([`split_conversation`]), and a persona as [`PerCETrainer`] takes it. Columns `id` and `user` are optional.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A fast tokenizer, with the chat template.
         args ([`GenerationArguments`]): Gives the persona's markers, `max_length`, `max_new_tokens`, `truncate_persona` and
             `guidance_scale`.
@@ -83,13 +90,18 @@ def make_prompts(
 
     Raises:
         `PersonaError`: A row's persona is unclear, or there is no other user's to swap it with; the message names the row.
-        `ValueError`: There is no row, or a row is not of the type prompt-completion.
+        `ValueError`: There is no row, a row has no response, or some rows are conversations and others have a prompt and a completion.
     """
     token_bytes = TokenBytes(tokenizer)
     joins = bool(tokenizer.chat_template) and not takes_parts(tokenizer)
-    prompts = []
+    prompts: list[Prompt] = []
+    first_kind = None
     for index, row in enumerate(rows):
         try:
+            kind = _kind(row)
+            first_kind = first_kind or kind
+            if kind != first_kind:
+                raise ValueError(f"it has {kind}, and row 0 has {first_kind}. Write the same columns in all rows.")
             prompts.append(_make_prompt(index, row, tokenizer, token_bytes, joins, args))
         except ValueError as error:
             raise type(error)(f"row {index}: {error}") from error
@@ -105,6 +117,38 @@ def make_prompts(
                     "there. Write a question into the prompt, or set `guidance_scale` to 1."
                 )
     return _trimmed(prompts, args)
+
+
+def split_conversation(row: dict[str, Any]) -> dict[str, Any]:
+    """
+    A conversation as a prompt and the reply to it: the last message is the completion, all before it are the prompt. Other columns, such
+    as `persona` and `tools`, stay.
+
+    Args:
+        row (`dict[str, Any]`): A row of any of TRL's types.
+
+    Returns:
+        `dict[str, Any]`: A new row; the given one if it is no conversation, or has a `prompt` already.
+
+    Raises:
+        `PersonaError`: The last message is not the assistant's, or nothing stands before it.
+    """
+    chat = maybe_convert_to_chatml(copy.deepcopy(row))
+    if not is_messages(chat):
+        return row
+    *before, last = chat["messages"]
+    if ROLES.get(str(last["role"]).strip().lower()) != "assistant":
+        raise PersonaError(
+            f"the conversation ends with a message of {last['role']!r}, so that there is no reply to compare a prediction with. Remove "
+            "what stands behind the assistant's last message, or write its reply at the end."
+        )
+    if not before:
+        raise PersonaError(
+            "the conversation has one message, the assistant's, and nothing that it replies to. Write the user's message before it, or "
+            "remove the row."
+        )
+    rest = {name: value for name, value in chat.items() if name != "messages"}
+    return {**rest, "prompt": before, "completion": [last]}
 
 
 def other_rows(users: Sequence[str | None], personas: Sequence[str]) -> list[int]:
@@ -226,11 +270,6 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def _make_prompt(index: int, row: dict[str, Any], tokenizer, token_bytes: TokenBytes, joins: bool, args) -> Prompt:
-    if row.get("prompt") is None or row.get("completion") is None:
-        raise ValueError(
-            "evaluation needs the columns 'prompt' and 'completion' (what the user wrote, which the answer is compared with); "
-            f"it has {', '.join(map(repr, row))}."
-        )
     example, spans = mark_persona(
         copy.deepcopy(row),
         args.dataset_text_field,
@@ -240,6 +279,11 @@ def _make_prompt(index: int, row: dict[str, Any], tokenizer, token_bytes: TokenB
     )
     if joins:
         spans = join_parts(example, spans)
+    earlier_replies = 0
+    if is_messages(example):
+        earlier_replies = sum(message["role"] == "assistant" for message in example["messages"]) - 1
+        example = split_conversation(example)
+        spans = [span._replace(column="prompt") for span in spans]
     outside = [span for span in spans if span.column != "prompt"]
     if outside:
         raise PersonaError(f"the persona is in {outside[0].column!r}. Move it to the prompt.")
@@ -260,9 +304,33 @@ def _make_prompt(index: int, row: dict[str, Any], tokenizer, token_bytes: TokenB
         user=_text(row.get("user")),
         persona=persona,
         query=query,
+        conversation=_conversation(example, spans) if chat else query,
         reference=_reference(example, alone, tokenizer),
         input_ids=ids,
         persona_mask=mask or [0] * len(ids),
+        earlier_replies=earlier_replies,
+    )
+
+
+def _conversation(example: dict[str, Any], spans: list[Span]) -> str:
+    said = []
+    for index, message in enumerate(example["prompt"]):
+        if message["role"] not in ("system", "developer"):
+            own = [span._replace(message=0) for span in spans if span.message == index]
+            said.append(describe({"prompt": [message], "completion": example["completion"]}, own)[1])
+    return "\n".join(said)
+
+
+def _kind(row: dict[str, Any]) -> str:
+    """The columns of a row that hold its text, in words."""
+    if row.get("prompt") is not None and row.get("completion") is not None:
+        return "'prompt' and 'completion'"
+    for column in ("messages", "conversations"):
+        if row.get("prompt") is None and row.get(column):
+            return repr(column)
+    raise ValueError(
+        "evaluation needs the columns 'prompt' and 'completion' (what the user wrote, which the answer is compared with), or 'messages' "
+        f"that end with the assistant's; it has {', '.join(map(repr, row))}."
     )
 
 

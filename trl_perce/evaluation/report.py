@@ -19,6 +19,7 @@ _SHOWN = {
         *("uptake/own", "uptake/other"),
         *("swapped/uptake/own", "swapped/uptake/other"),
     ),
+    "Style: cosine with the user's own other texts, and with other users'": ("style/", "swapped/style/margin"),
     "Likelihood of the references, in nats a token": ("log_likelihood/personal", "log_likelihood/other"),
     "What the persona adds to it": ("pir/personal", "pir/other"),
     "Which of the options is chosen: share that is right, and nats": ("options/",),
@@ -33,6 +34,9 @@ NOTES = {
     "bleu": "sentence BLEU, 0 to 100",
     "uptake/own": "content words of the row's persona in the prediction",
     "uptake/other": "content words of another user's persona",
+    "style/own": "cosine with the user's responses in other rows",
+    "style/other": "cosine with other users' responses",
+    "style/margin": "the former less the latter",
     "num_tokens": "generated tokens",
     "finished": "share that ended before the limit",
     "log_likelihood/personal": "nats a personal token of the reference",
@@ -177,6 +181,11 @@ def _remarks(result: dict[str, Any]) -> list[str]:
         remarks.append(
             f"{predicted} of {rows} rows were predicted (`prediction_rows`), of as many users as possible; likelihoods are of all."
         )
+    if earlier := result["earlier_replies"]:
+        remarks.append(
+            f"Predictions are of the last reply of each conversation; the {earlier} replies before them stand in the prompts and have none."
+            + (" Likelihoods are of all the assistant's replies." if result["personal_by"] is not None else "")
+        )
     if result["unanswered"]:
         remarks.append(
             f"{result['unanswered']} of {predicted} predictions are empty: the model thought until `max_new_tokens` was used up, or ended "
@@ -195,6 +204,16 @@ def _remarks(result: dict[str, Any]) -> list[str]:
     if any(name.startswith("swapped/") for name in result["metrics"]):
         remarks.append(
             "swapped/…: predictions with another user's persona in the prompt, which uptake/other counts then."
+        )
+    if result["style_encoder"] is not None and predicted:
+        lacking = predicted - result["metrics"]["style/margin"]["rows"]
+        remarks.append(
+            f"style/…: by {result['style_encoder']}."
+            + (
+                f" {lacking} of {predicted} predictions have no value: their users have no other text."
+                if lacking
+                else ""
+            )
         )
     if result["judge"] is not None:
         unparsable = sum(criterion["unparsable"] for criterion in result["judge"]["criteria"].values())

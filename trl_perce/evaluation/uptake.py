@@ -39,7 +39,7 @@ def persona_uptake(prediction: str, persona: str, query: str) -> int:
     Args:
         prediction (`str`): The reply.
         persona (`str`): The persona.
-        query (`str`): The conversation without the persona, as `query` in `predictions.jsonl`.
+        query (`str`): The conversation before it without the persona, as [`~predictions.Prompt`] has it.
     """
     return len((content_stems(persona) & content_stems(prediction)) - content_stems(query))
 

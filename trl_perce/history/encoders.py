@@ -125,6 +125,7 @@ def embed_texts(
     is_query: bool,
     batch_size: int,
     cache_dir: str | Path | None = None,
+    what: str = "history entries",
 ) -> dict[str, np.ndarray]:
     """
     Embed each distinct text once, in batches of about the same length, the longest first. Holds 4 bytes a dimension and text.
@@ -140,12 +141,13 @@ def embed_texts(
         batch_size (`int`): Texts in a batch.
         cache_dir (`str` or `Path`, *optional*): Folder of embeddings on disk, for any number of encoders. If `None`, nothing
             is kept.
+        what (`str`, *optional*, defaults to `"history entries"`): What to call the texts where they are no queries.
 
     Returns:
         `dict[str, np.ndarray]`: The embedding of each text, `float32` of shape `(dimension,)`.
     """
     texts = list(dict.fromkeys(texts))
-    kind = "queries" if is_query else "history entries"
+    kind = "queries" if is_query else what
     if cache_dir is None:
         return dict(_embed_batches(encoder, texts, is_query, batch_size, kind))
     folder = Path(cache_dir) / encoder.identity
