@@ -7,6 +7,7 @@
 """
 
 import logging
+import math
 import sys
 
 from .common import check_config_keys, check_rest, check_writable, disable_progress_bars, fail
@@ -134,9 +135,15 @@ def _preview(preparation, console) -> None:
 
 
 def _print_counts(preparation, rows: dict[str, int], console) -> None:
+    from trl_perce.compare.verdict import MIN_USERS
+
     users = {split: len({row.user for row in made}) for split, made in preparation.splits.items()}
     for split, count in rows.items():
         console.print(f"{split:10} {count:>9,} rows of {users[split]:,} users")
+    held_out, total = users.get("test", 0), sum(users.values())
+    if 0 < held_out < MIN_USERS:
+        hint = f": write --test_size {math.ceil(100 * MIN_USERS / total) / 100:g}" if total > 2 * MIN_USERS else ""
+        console.print(f"\nToo few to judge a model by: `compare` needs {MIN_USERS} users in test{hint}.")
     counts = preparation.skips.counts
     if counts:
         console.print(f"\nLeft out: {counts.total():,}")
