@@ -282,10 +282,10 @@ def _measured(
     """A measure of all arms, and its change from arm to arm; `None` where an arm has it not."""
     by_arm: dict[str, np.ndarray] = {}
     for arm, seeds in values.items():
-        own = [measure.of(seed[measure.task]) if measure.task in seed else None for seed in seeds]
-        if any(one is None for one in own):
+        found = [own for seed in seeds if (own := measure.of(seed.get(measure.task, {}))) is not None]
+        if len(found) < len(seeds):
             return None
-        by_arm[arm] = np.stack([one for one in own if one is not None])
+        by_arm[arm] = np.stack(found)
     where = np.isfinite(np.concatenate([*by_arm.values()])).all(0)
     if not where.any():
         return None
@@ -307,7 +307,7 @@ def _measured(
 
 def _mean(values: np.ndarray, groups: Sequence[str]) -> tuple[float, list[float] | None]:
     """Mean over seeds and rows, and its 95 % interval: over new users, and with two or more seeds over new seeds, too."""
-    found = mean_over_seeds(values, groups)["interval"] if len(values) > 1 else bootstrap_interval(values[0], groups)
+    found = mean_over_seeds([*values], groups)["interval"] if len(values) > 1 else bootstrap_interval(values[0], groups)
     return float(values.mean()), None if found is None else list(found)
 
 

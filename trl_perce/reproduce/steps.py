@@ -185,11 +185,12 @@ class Steps:
 
     def _write_rows(self, task: Task, split: str, num_rows: int) -> dict[str, Any]:
         """Load a split, retrieve, and write it as rows that `trl-perce train` and `evaluate` take."""
+        rows: list
         if task.name in self._rows:
             rows = self._rows[task.name][split]
         else:
             benchmark = importlib.import_module(f"trl_perce.benchmarks.{task.benchmark}")
-            rows = self._loaded.pop((task.name, split), None) or _load(benchmark, task, split, num_rows)
+            rows = self._loaded.pop((task.name, split), []) or _load(benchmark, task, split, num_rows)
             if task.benchmark != "general_qa":
                 retriever = Retriever(**task.retrieval, cache_dir=self.folder / "cache" / "retrieval")
                 rows = to_examples(rows, retriever(rows))
