@@ -173,7 +173,7 @@ def example_findings() -> dict[str, Any]:
 def with_more_arms(findings: dict[str, Any]) -> dict[str, Any]:
     """Two more trained arms, with longer names, as `--methods` allows."""
     for arm, label in (("uniform", "PerCE, uniform weights"), ("dft", "DFT")):
-        findings["arms"].append(arm)
+        findings["arms"].insert(2, arm)  # before PerCE
         findings["labels"][arm] = label
         for measure in findings["measures"]:
             measure["arms"][arm] = measure["arms"]["perce"]

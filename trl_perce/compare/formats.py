@@ -75,9 +75,10 @@ def reading(measure: Mapping[str, Any], arm: str) -> str:
 
 
 def pairs(findings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The arms that are judged, each with the one that it is judged against: all but the baseline, or the baseline if it is alone."""
+    """The arms that are judged, PerCE first as in the verdict, each with the one that it is judged against."""
     untrained, baseline, trained = findings["arms"][0], findings["baseline"], findings["arms"][1:]
-    return [(arm, baseline) for arm in trained if arm != baseline] or [(arm, untrained) for arm in trained]
+    judged = sorted((arm for arm in trained if arm != baseline), key=lambda arm: arm != "perce")
+    return [(arm, baseline) for arm in judged] or [(arm, untrained) for arm in trained]
 
 
 def other_changes(findings: Mapping[str, Any]) -> list[tuple[str, str]]:
