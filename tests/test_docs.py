@@ -39,6 +39,7 @@ SHORT = {
     "score": "--model_name_or_path MODEL --load_in_4bit false --dtype float32 --attn_implementation eager",
     "evaluate": "--metrics rouge --max_new_tokens 4",
     "aloe": "--conversations 1 --rounds 1 --max_new_tokens 4",
+    "compare": "--model_name_or_path MODEL --load_in_4bit false --dry_run",
     "reproduce": "--dry_run",
 }
 REVIEW = {"overall": 4.0, "summary": "Good", "description": "A needle", "reviewText": "Sharp, says number NUMBER."}
@@ -54,7 +55,7 @@ PUBLIC = {
     "prefeval": {"preference": "I like number NUMBER.", "question": "Which number?", "response": "Number NUMBER."},
 }
 # Not ours to run, or run by what runs this
-ELSEWHERE = ("make", "pip", "git", "hf", "vllm", "pkill", "pre-commit", "export")
+ELSEWHERE = ("make", "pip", "git", "open", "hf", "vllm", "pkill", "pre-commit", "export")
 
 
 def blocks(name: str, language: str) -> list[str]:
@@ -226,9 +227,6 @@ def test_data_in_the_documentation(name):
 @pytest.mark.parametrize("name", [name for name in FILES if commands(name)])
 def test_commands(workspace, tiny_model, echo, name, capfd):
     echo.reply = lambda body: "4"
-    if name == "README.md":  # whose `--baseline` another evaluation has made
-        argv = "--model_name_or_path outputs/ce --dataset_name data/product_review --output_dir eval/ce --swap_persona --max_length 5000"
-        assert main(["evaluate", *argv.split(), *SHORT["evaluate"].split()]) == 0
     if name == "examples/evaluation.md":
         shutil.copytree("data/product_review", "data/own-rows")
     for words in commands(name):

@@ -51,7 +51,7 @@ def test_more_personal(personal, gain, answer, said):
     found = verdict(personal, gain)
     assert found["answer"] == answer and said in found["sentences"][0]
     assert found["sentences"][0].startswith("On your 40 held-out users ")
-    assert "Its training took 1.50 times as long." in found["sentences"]
+    assert "Its training took 1.50 times as long as that with CE." in found["sentences"]
     assert "Fine-tuning at all: with CE personal tokens are likelier" in found["sentences"][-1]
 
 

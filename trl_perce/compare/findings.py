@@ -149,6 +149,7 @@ MEASURES = (
         "Mean of |PIR| over the tokens of the right answer, which is the same for everybody.",
         "lower",
         _renamed("pir/absolute"),
+        same=SAME,
     ),
     Measure(
         "irrelevant/log_likelihood",
