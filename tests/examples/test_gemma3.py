@@ -4,6 +4,7 @@ import hashlib
 import zipfile
 
 import pytest
+
 from gemma3 import PACKAGES, assemble
 
 
