@@ -12,7 +12,7 @@ has train.jsonl, test.jsonl and a README.md with its source and licence.
   (google/Synthetic-Persona-Chat). Its format is `chats`.
 - prefeval: PrefEval, CC BY-NC 4.0, by git from
   github.com/amazon-science/PrefEval, since siyanzhao/prefeval_explicit on the
-  Hub has no answers. Format `preferences`.
+  Hub has no answers. The benchmark `prefeval`, or format `preferences`.
 - product_reviews: Amazon Reviews 2023, for research, from the Hub
   (McAuley-Lab/Amazon-Reviews-2023). Format `reviews`.
 
@@ -35,7 +35,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_perce.benchmarks.reading import random_order, read_records, sample, take
+from trl_perce.benchmarks.prefeval import read_checkout
+from trl_perce.benchmarks.reading import random_order, sample, take
 from trl_perce.utils.files import write_json_lines, write_text
 
 
@@ -228,61 +229,11 @@ def _review_text(record: dict[str, Any], where: str, args: argparse.Namespace) -
 
 # ── PrefEval ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# The topics of the figures in examples/README.md
-TEST_TOPICS = (
-    "entertain_music_book",
-    "lifestyle_dietary",
-    "professional_work_location_style",
-    "shop_technology",
-    "travel_restaurant",
-)
-
 
 def make_prefeval(source: Source, args: argparse.Namespace, left_out: Counter) -> Splits:
     """Questions of people with a preference, with the answer of Mistral 8x7B, which was reminded of it, and four options."""
     folder = get_clone(source, args.source_dir)
-    answers = sorted((folder / "SFT" / "single_pref_remind").glob("*/mistral8x7b_*_2turn.json"))
-    topics = {path.parent.name: path for path in answers}
-    missing = [topic for topic in TEST_TOPICS if topic not in topics]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder}: there is no SFT/single_pref_remind/{missing[0]}/mistral8x7b_{missing[0]}_2turn.json. Is the checkout whole?"
-        )
-    splits: Splits = {"train": [], "test": []}
-    for topic, path in topics.items():
-        options_path = folder / "benchmark_dataset" / "mcq_options" / f"{topic}.json"
-        options = {
-            _question(record, f"{options_path}, item {index}"): take(
-                record, "classification_task_options", list, f"{options_path}, item {index}"
-            )
-            for index, record in enumerate(read_records(options_path))
-        }
-        for index, record in enumerate(read_records(path)):
-            where = f"{path}, item {index}"
-            question, response = _question(record, where), _whole(take(record, "response_to_q", str, where))
-            if question not in options or not response:
-                left_out["questions without options or an answer"] += 1
-                continue
-            given = options[question]  # the first is the one that respects the preference
-            order = random_order(len(given), args.seed + index)
-            splits["test" if topic in TEST_TOPICS else "train"].append(
-                {
-                    **{"topic": topic, "preference": question[0], "question": question[1], "response": response},
-                    **{"options": [given[place] for place in order], "answer": order.index(0)},
-                }
-            )
-    return splits
-
-
-def _question(record: dict[str, Any], where: str) -> tuple[str, str]:
-    return take(record, "preference", str, where), take(record, "question", str, where)
-
-
-def _whole(text: str) -> str:
-    """An answer that was cut off at its limit, up to its last whole sentence."""
-    text = text.strip()
-    ends = [match.end() for match in re.finditer(r"[.!?](?=\s)", text)]
-    return text[: ends[-1]] if ends and text[-1] not in ".!?)\"'" else text
+    return {split: read_checkout(folder, split, args.seed, left_out) for split in ("train", "test")}
 
 
 SOURCES = {

@@ -212,6 +212,8 @@ def test_likelihoods_by_hand():
             "log_likelihood/other_swapped": -(3 + 4 + 7) / 3,
             "pir/personal": 8 / 3,
             "pir/other": 2.5 / 2,
+            "log_likelihood/personal_without": ((-1 - 5) + (-4 - 1) + (-6 - 2)) / 3,
+            "log_likelihood/other_without": ((-2 - 0.5) + (-3 - 2)) / 2,
             "personal_fraction": 3 / 6,
             "own_personal_fraction": 3 / 6,
         }

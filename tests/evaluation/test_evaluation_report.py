@@ -18,7 +18,14 @@ def printed(interval=(0.2, 0.4), baseline=None, users=70, **changes) -> list[str
     result = {
         "metrics": {**metrics, **changes},
         "baseline": baseline,
-        **{"rows": 210, "users": users, "predicted": 200, "unanswered": 3, "trimmed": {"rows": 3, "tokens": 20}},
+        **{
+            "rows": 210,
+            "users": users,
+            "too_long": 10,
+            "predicted": 200,
+            "unanswered": 3,
+            "trimmed": {"rows": 3, "tokens": 20},
+        },
         **{"personal_by": "the model itself", "judge": None},
     }
     console = Console(file=io.StringIO(), width=80, highlight=False)

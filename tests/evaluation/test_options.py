@@ -1,6 +1,7 @@
 """Which of several continuations a model chooses, against plain forward passes."""
 
 import copy
+import json
 import re
 
 import numpy as np
@@ -14,6 +15,7 @@ from trl_perce.benchmarks import histories
 from trl_perce.evaluation.arguments import EvaluationArguments, GenerationArguments
 from trl_perce.evaluation.evaluate import evaluate
 from trl_perce.evaluation.options import option_rows
+from trl_perce.evaluation.predictions import choose_rows, other_rows
 from trl_perce.history.entries import to_example
 
 
@@ -35,11 +37,12 @@ def make_rows():
     return rows
 
 
-def log_probs(model, tokenizer, row, option, with_persona):
+def log_probs(model, tokenizer, row, option, with_persona=True, persona=None):
     """Of the response's tokens and the end token, in float64. A token that crosses the persona's border leaves with it."""
+    persona = persona or row["persona"]
     start = row["prompt"].index("{persona}")
-    end = start + len(row["persona"])
-    prompt = row["prompt"].replace("{persona}", row["persona"])
+    end = start + len(persona)
+    prompt = row["prompt"].replace("{persona}", persona)
     encoded = tokenizer(prompt + option, return_offsets_mapping=True)
     is_kept = [with_persona or high <= start or low >= end for low, high in encoded["offset_mapping"]]
     ids = [token for token, kept in zip(encoded["input_ids"], is_kept, strict=True) if kept]
@@ -56,11 +59,24 @@ def test_the_option_that_is_chosen(tmp_path, tiny_model, tokenizer):
     del plain["options"], plain["answer"]
     rows.insert(1, {**plain, "options": None, "answer": None})
     args = GenerationArguments(temperature=0.0, max_new_tokens=1, bf16=False)
-    result = evaluate(
-        tiny_model, tokenizer, rows, tmp_path / "eval", args, EvaluationArguments(metrics=("rouge",)), {"name": "tiny"}
-    )
+    options = EvaluationArguments(metrics=["rouge"], swap_persona=True, prediction_rows=2)
+    result = evaluate(tiny_model, tokenizer, rows, tmp_path / "eval", args, options, {"name": "tiny"})
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64).eval()
-    chosen, gains, margins = [], [], []
+    asked = [row for row in rows if row["options"] is not None]
+    others = other_rows([row["user"] for row in asked], [row["persona"] for row in asked])
+    swapped = [
+        int(
+            np.argmax(
+                [
+                    log_probs(model, tokenizer, row, option, persona=asked[other]["persona"]).mean()
+                    for option in row["options"]
+                ]
+            )
+        )
+        == row["answer"]
+        for row, other in zip(asked, others, strict=True)
+    ]
+    chosen, gains, margins, without_any = [], [], [], []
     for row in rows:
         if row["options"] is None:
             continue
@@ -71,13 +87,20 @@ def test_the_option_that_is_chosen(tmp_path, tiny_model, tokenizer):
         pir = [(a - b).sum() for a, b in zip(own, without, strict=True)]
         chosen.append(int(np.argmax([values.mean() for values in own])) == row["answer"])
         gains.append(int(np.argmax(pir)) == row["answer"])
+        without_any.append(int(np.argmax([values.mean() for values in without])) == row["answer"])
         margins.append(pir[row["answer"]] - np.mean(pir))
     metrics = result["metrics"]
     assert {metrics[f"options/{name}"]["rows"] for name in ("likelihood", "pir", "pir_margin")} == {3}
     assert metrics["options/likelihood"]["mean"] == pytest.approx(np.mean(chosen))
+    assert metrics["options/without"]["mean"] == pytest.approx(np.mean(without_any))
+    assert metrics["options/swapped"]["mean"] == pytest.approx(np.mean(swapped))
     assert metrics["options/pir"]["mean"] == pytest.approx(np.mean(gains))
     assert metrics["options/pir_margin"]["mean"] == pytest.approx(np.mean(margins), abs=1e-4)
     assert (tmp_path / "eval" / "scores_options" / "scores.jsonl").is_file()
+    # Two rows are predicted, of two users; all are scored
+    predicted = [json.loads(line)["user"] for line in (tmp_path / "eval" / "predictions.jsonl").open()]
+    assert len({*predicted}) == 2 == result["predicted"] and metrics["rougeL"]["rows"] == 2
+    assert metrics["log_likelihood/other"]["rows"] == 4
 
 
 def test_preferences_keep_their_options(tmp_path):
@@ -117,3 +140,13 @@ def test_options_that_cannot_be_scored(change, message):
     rows[1] |= change
     with pytest.raises(PersonaError, match=re.escape(message)):
         option_rows(rows)
+
+
+def test_rows_are_chosen_over_users():
+    users = ["a"] * 6 + ["b"] * 2 + ["c", "", ""]
+    assert choose_rows(users, None) == choose_rows(users, 20) == [*range(11)]
+    five = choose_rows(users, 5)
+    assert sorted(users[row] for row in five) == ["", "", "a", "b", "c"] and five == sorted(five)
+    seven = choose_rows(users, 7)
+    assert {*five} < {*seven} and sorted(users[row] for row in seven) == ["", "", "a", "a", "b", "b", "c"]
+    assert choose_rows(users, 0) == []

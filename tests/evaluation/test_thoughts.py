@@ -73,6 +73,14 @@ def test_prompts_that_end_in_a_thought():
 
 
 def test_empty_predictions_are_told():
-    result = {"rows": 3, "predicted": 3, "unanswered": 2, "trimmed": {"rows": 0}, "personal_by": None, "metrics": {}}
+    result = {
+        "rows": 3,
+        "too_long": 0,
+        "predicted": 3,
+        "unanswered": 2,
+        "trimmed": {"rows": 0},
+        "personal_by": None,
+        "metrics": {},
+    }
     (remark,) = _remarks(json.loads(json.dumps(result | {"judge": None, "baseline": None})))
     assert remark.startswith("2 of 3 predictions are empty: the model thought until")

@@ -90,6 +90,9 @@ class EvaluationArguments:
     Parameters:
         metrics (`list[str]`, *optional*, defaults to `["rouge", "meteor"]`):
             Of [`~metrics.text_metrics`]: `"rouge"`, `"meteor"`, `"bleu"`.
+        prediction_rows (`int`, *optional*):
+            How many rows get predictions, which take most of the time; likelihoods are of all rows. Rows of as many users as possible
+            are taken, by the same rule for every model ([`~predictions.choose_rows`]). If `None`, all; 0 makes none.
         likelihood (`bool`, *optional*, defaults to `True`):
             Whether the log-likelihood of the references' personal and other tokens is computed. On by default: it tells models
             apart that overlap with one reference does not, and costs a few forward passes, little beside generation.
@@ -119,6 +122,10 @@ class EvaluationArguments:
 
     metrics: list[str] = field(
         default_factory=lambda: ["rouge", "meteor"], metadata={"help": "Of 'rouge', 'meteor', 'bleu'."}
+    )
+    prediction_rows: int | None = field(
+        default=None,
+        metadata={"help": "Rows that get predictions, of as many users as possible; 0 makes none. By default all."},
     )
     likelihood: bool = field(
         default=True, metadata={"help": "Compute the log-likelihood of the references' personal and other tokens."}
@@ -154,6 +161,10 @@ class EvaluationArguments:
     )
 
     def __post_init__(self):
+        if self.prediction_rows is not None and self.prediction_rows < 0:
+            raise ValueError(f"`prediction_rows` is {self.prediction_rows}. Write a number of rows, or leave it out.")
+        if self.prediction_rows == 0 and not self.likelihood:
+            raise ValueError("`prediction_rows` is 0 and `likelihood` is off: nothing would be evaluated.")
         if (self.judge_base_url is None) != (self.judge_model is None):
             raise ValueError("`judge_base_url` and `judge_model` belong together. Set both, or neither.")
         if self.judge_max_tokens < 1:

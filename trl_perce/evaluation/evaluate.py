@@ -37,8 +37,8 @@ from .arguments import EvaluationArguments, GenerationArguments
 from .generate import TransformersGenerator, VLLMGenerator, import_vllm
 from .likelihood import likelihood_values, score_swapped, token_likelihoods
 from .metrics import text_metrics
-from .options import option_rows, option_values
-from .predictions import make_prompts, other_rows
+from .options import option_questions, option_rows, option_values
+from .predictions import choose_rows, make_prompts, other_rows
 from .report import write_report
 from .results import compare, read_baseline, summarise
 from .uptake import persona_uptakes
@@ -132,6 +132,11 @@ class Evaluation:
         # What the bootstrap draws: users, told by their personas where they are not named
         known = {prompt.row: prompt.user or prompt.persona for prompt in self.prompts}
         self.groups = [known.get(row) or None for row in range(len(self.rows))]
+        self.fitting = len(self.prompts)
+        chosen = choose_rows([known[prompt.row] for prompt in self.prompts], self.options.prediction_rows)
+        self.prompts = [self.prompts[place] for place in chosen]
+        if self.swapped is not None:
+            self.swapped = [self.swapped[place] for place in chosen]
         baseline = self.options.baseline
         self.baseline = None if baseline is None else read_baseline(baseline, self.prompts)
         if settings is None and self.base is None:
@@ -198,7 +203,7 @@ class Evaluation:
     def _open_files(self) -> None:
         folder = self.folder
         parts = {"scores": folder / "scores", "reference": folder / "reference"}
-        parts |= {name: folder / f"scores_{name}" for name in ("swapped", "options")}
+        parts |= {name: folder / f"scores_{name}" for name in ("swapped", "options", "options_swapped")}
         if self.options.overwrite:
             for own in (folder, folder / "swapped"):
                 remove_rows(own, PREDICTIONS)
@@ -209,6 +214,8 @@ class Evaluation:
         shared = self.settings | {name: getattr(self.args, name) for name in _SHARED_SETTINGS}
         generation = {name: getattr(self.args, name) for name in _GENERATION_SETTINGS}
         generation["use_vllm"] = self.options.use_vllm
+        if self.options.prediction_rows is not None:
+            generation["prediction_rows"] = self.options.prediction_rows
         scoring = shared | {name: getattr(self.args, name) for name in _SCORE_SETTINGS}
         self.file = RowFile(folder, PREDICTIONS, shared | generation)
         if self.options.swap_persona:
@@ -216,7 +223,7 @@ class Evaluation:
         is_adapter = self.adapter is not None or isinstance(self.model, PeftModel)
         names = (["scores"] if self.options.likelihood else []) + (["swapped"] if self._scores_swapped else [])
         if self.options.likelihood and self.options_to_score:
-            names.append("options")
+            names += ["options"] + (["options_swapped"] if self._scores_swapped else [])
         if self.options.likelihood and is_adapter and self.options.reference_scores is None:
             names.append("reference")
         self.score_files = {name: ScoreFile(parts[name], scoring | {"scored": name}) for name in names}
@@ -286,6 +293,8 @@ class Evaluation:
         """
         Metrics of predictions. `with_own` are those with the rows' own personas, where `predictions` were made with others'.
         """
+        if not predictions:
+            return {}
         texts, queries = ([line[key] for line in predictions] for key in ("prediction", "query"))
         personas = [line["persona"] for line in predictions]
         values = dict(text_metrics(texts, [line["reference"] for line in predictions], metrics=self.options.metrics))
@@ -321,23 +330,29 @@ class Evaluation:
         else:
             reference, self.personal_by = scores, "the evaluated model itself"
         values = likelihood_values(token_likelihoods(scores, reference, by_name.get("swapped")))
-        return values | (option_values(self.rows, by_name["options"]) if "options" in by_name else {})
+        if "options" in by_name:
+            values |= option_values(self.rows, by_name["options"], by_name.get("options_swapped"))
+        return values
 
     def _scores(self, name: str) -> list[TokenScores]:
         file = self.score_files[name]
         if not file.is_finished:
             model = self._loaded()
             # Another's persona takes the place of a row's own, whose turn stays
-            args = copy_config(self.args, counterfactual="drop") if name == "swapped" else self.args
+            is_swapped = name.endswith("swapped")
+            args = copy_config(self.args, counterfactual="drop") if is_swapped else self.args
             scorer = PerContrast(model, self.tokenizer, args)
-            rows = self.options_to_score if name == "options" else self.rows
+            of_options = name.startswith("options")
+            rows = self.options_to_score if of_options else self.rows
             prepared, done, started = scorer.prepare(rows), frozenset(file.done), time.time()
             share = file.share()
             if name == "reference":
                 with model.disable_adapter():
                     file.append(scorer.iterate(prepared, done, share))
-            elif name == "swapped":
-                file.append(score_swapped(scorer, prepared, self.users, done, share))
+            elif is_swapped:
+                questions = option_questions(self.rows) if of_options else None
+                users = self.users if questions is None else [self.users[question] for question in questions]
+                file.append(score_swapped(scorer, prepared, users, done, share, questions))
             else:
                 file.append(scorer.iterate(prepared, done, share))
             file.finish()
@@ -384,6 +399,7 @@ class Evaluation:
             "rows": len(self.rows),
             "users": len({*self.groups} - {None}),
             "predicted": len(self.prompts),
+            "too_long": len(self.rows) - self.fitting,
             "unanswered": unanswered,
             "trimmed": {"rows": len(trimmed), "tokens": sum(trimmed)},
             "settings": self.settings | used | {"precision": describe_precision(self.args, self._dtype)},

@@ -29,8 +29,9 @@ class TokenLikelihoods:
 
     Attributes:
         sums (`dict[str, np.ndarray]`): Arrays of shape `(R,)`, in nats: `log_likelihood/personal` and `log_likelihood/other` (sums of
-            `log P_θ(y_i | p, x, y_<i)`), `pir/personal` and `pir/other` (sums of the evaluated model's PIRs), and with another user's
-            persona `log_likelihood/personal_swapped` and `log_likelihood/other_swapped`; `personal_fraction` counts personal
+            `log P_θ(y_i | p, x, y_<i)`), `pir/personal` and `pir/other` (sums of the evaluated model's PIRs), without a persona
+            `log_likelihood/personal_without` and `log_likelihood/other_without`, and with another user's persona
+            `log_likelihood/personal_swapped` and `log_likelihood/other_swapped`; `personal_fraction` counts personal
             tokens and `own_personal_fraction` those that the evaluated model itself finds personal.
         counts (`dict[str, np.ndarray]`): Arrays of shape `(R,)`: by the same names, the tokens that each sum is over.
     """
@@ -45,7 +46,7 @@ def token_likelihoods(
     """
     Log-likelihood of personal and of other tokens under the model that gave `scores`. Personal are tokens whose PIR is over
     the threshold in `reference`; other tokens are all the rest that is trained, the end of the response included. Tokens without a
-    PIR (there is no persona) are other tokens, and are left out of `pir/other`.
+    PIR (there is no persona) are other tokens, and are left out of `pir/other` and `log_likelihood/other_without`.
 
     Args:
         scores (`Sequence[TokenScores]`): Of the evaluated model, `R` rows.
@@ -76,6 +77,8 @@ def token_likelihoods(
         add("log_likelihood/other", own.log_probs, other)
         add("pir/personal", own.pir, personal)
         add("pir/other", own.pir, other)
+        add("log_likelihood/personal_without", own.counterfactual_log_probs, personal)
+        add("log_likelihood/other_without", own.counterfactual_log_probs, other)
         add("personal_fraction", personal.astype(float), personal | other)
         add("own_personal_fraction", own.is_personal.astype(float), personal | other)
         if swapped is not None:
@@ -128,6 +131,7 @@ def score_swapped(
     users: Sequence[str | None],
     done: Collection[int] = (),
     share: Share = EVERYTHING,
+    questions: Sequence[int] | None = None,
 ) -> Iterator[TokenScores]:
     """
     Score rows with another user's persona in place of their own ([`~predictions.other_rows`]). Unlike [`PerContrast`] with
@@ -139,6 +143,8 @@ def score_swapped(
         users (`Sequence[str | None]`): The user of each row, `None` where it is not known.
         done (`Collection[int]`, *optional*): Indices of rows to pass over.
         share ([`~share.Share`], *optional*): What this process scores, where several share the work. By default all.
+        questions (`Sequence[int]`, *optional*): The question of each row, where several rows are options of one: they get the same
+            other persona. By default each row is a question.
 
     Yields:
         [`TokenScores`]: Of each row; `counterfactual_log_probs` is with the other persona, `log_probs` (and so `pir`) is NaN.
@@ -147,7 +153,15 @@ def score_swapped(
         `PersonaError`: There is no other user's persona.
     """
     rows = prepared.dataset
-    others = other_rows([users[index] for index in rows["_row"]], rows["_persona"])
+    numbers, personas = [*rows["_row"]], [*rows["_persona"]]
+    of_row = numbers if questions is None else [questions[number] for number in numbers]
+    first_of: dict[int, int] = {}
+    for place, question in enumerate(of_row):
+        first_of.setdefault(question, place)
+    firsts = [*first_of.values()]
+    donors = other_rows([users[numbers[place]] for place in firsts], [personas[place] for place in firsts])
+    donor_of = dict(zip(first_of, (firsts[donor] for donor in donors), strict=True))
+    others = [donor_of[question] for question in of_row]
     swapped = []
     for row, other in zip(rows, others, strict=True):
         ids, labels, mask, persona = row["input_ids"], row["labels"], row["persona_mask"], row["_persona"]

@@ -64,21 +64,33 @@ def _like(response: str, option: str) -> str:
     return response[: len(response) - len(response.lstrip())] + option
 
 
-def option_values(rows: Sequence[dict[str, Any]], scores: Sequence[TokenScores]) -> dict[str, np.ndarray]:
+def option_questions(rows: Sequence[dict[str, Any]]) -> list[int]:
+    """For each of [`option_rows`], the index of the row that it is an option of."""
+    return [index for index, row in enumerate(rows) if has_options(row) for _ in row["options"]]
+
+
+def option_values(
+    rows: Sequence[dict[str, Any]], scores: Sequence[TokenScores], swapped: Sequence[TokenScores] | None = None
+) -> dict[str, np.ndarray]:
     """
     Which option a model chooses.
 
     Args:
         rows (`Sequence[dict]`): All `R` rows that were evaluated.
         scores (`Sequence[TokenScores]`): Of [`option_rows`] of them, in order.
+        swapped (`Sequence[TokenScores]`, *optional*): Of the same, with another user's persona, one for all options of a row
+            ([`~likelihood.score_swapped`]).
 
     Returns:
-        `dict[str, np.ndarray]`: Arrays of shape `(R,)`, NaN where a row has no options, one of them was left out, or, for the two of
-            PIR, there is no persona: `options/likelihood` (1 where the right option has the highest mean log-likelihood a token, a share
-            of 1 where it has it together with others, else 0), `options/pir` (the same for the sum of PIR over the option's tokens) and
-            `options/pir_margin` (that sum for the right option less its mean over all options, in nats).
+        `dict[str, np.ndarray]`: Arrays of shape `(R,)`, NaN where a row has no options, one of them was left out, or, for all but the
+            first, there is no persona. `options/likelihood`: 1 where the right option has the highest mean log-likelihood a token, a
+            share of 1 where it has it together with others, else 0. `options/without` and `options/swapped`: the same without a persona
+            and with another user's, for which no option is right: that of the own persona is counted. `options/pir`: the same for
+            the sum of PIR over the option's tokens; and `options/pir_margin`: that sum for the right option less its mean over all
+            options, in nats.
     """
-    values = {name: np.full(len(rows), np.nan) for name in ("options/likelihood", "options/pir", "options/pir_margin")}
+    names = ["likelihood", "without", *([] if swapped is None else ["swapped"]), "pir", "pir_margin"]
+    values = {f"options/{name}": np.full(len(rows), np.nan) for name in names}
     position = 0
     for index, row in enumerate(rows):
         if not has_options(row):
@@ -88,14 +100,24 @@ def option_values(rows: Sequence[dict[str, Any]], scores: Sequence[TokenScores])
         if any(option.skipped is not None for option in own):
             continue
         answer = row["answer"]
-        values["options/likelihood"][index] = _chosen(
-            [option.log_probs.mean(dtype=np.float64) for option in own], answer
-        )
+        values["options/likelihood"][index] = _likeliest([option.log_probs for option in own], answer)
         gains = [option.pir.sum(dtype=np.float64) for option in own]
-        if np.isfinite(gains).all():
-            values["options/pir"][index] = _chosen(gains, answer)
-            values["options/pir_margin"][index] = gains[answer] - np.mean(gains)
+        if not np.isfinite(gains).all():
+            continue
+        values["options/without"][index] = _likeliest([option.counterfactual_log_probs for option in own], answer)
+        values["options/pir"][index] = _chosen(gains, answer)
+        values["options/pir_margin"][index] = gains[answer] - np.mean(gains)
+        if swapped is not None:
+            others = swapped[position - len(own) : position]
+            if all(option.skipped is None for option in others):
+                values["options/swapped"][index] = _likeliest(
+                    [option.counterfactual_log_probs for option in others], answer
+                )
     return values
+
+
+def _likeliest(log_probs: Sequence[np.ndarray], answer: int) -> float:
+    return _chosen([own.mean(dtype=np.float64) for own in log_probs], answer)
 
 
 def _chosen(values: Sequence[float], answer: int) -> float:

@@ -4,6 +4,8 @@
 
 import copy
 import os
+import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -125,6 +127,27 @@ def other_rows(users: Sequence[str | None], personas: Sequence[str]) -> list[int
         raise PersonaError(f"`swap_persona` needs rows of several users. {error}") from error
     rows = {persona: row for row, persona in enumerate(personas)}
     return [rows[other] for other in others]
+
+
+def choose_rows(users: Sequence[str], number: int | None, seed: int = 0) -> list[int]:
+    """
+    Rows of as many users as possible: one of each user in an order drawn at random, then a second one of each, and so on.
+
+    Args:
+        users (`Sequence[str]`): The user of each row. An empty one stands for a user of its own.
+        number (`int`, *optional*): How many rows. All, if `None` or if there are fewer.
+        seed (`int`, *optional*, defaults to `0`): Of the order.
+
+    Returns:
+        `list[int]`: Indices of rows, ascending.
+    """
+    drawn = random.Random(seed).sample(range(len(users)), len(users))
+    rounds: Counter[str] = Counter()
+    keys = []
+    for place, row in enumerate(drawn):
+        keys.append((rounds[users[row]] if users[row] else 0, place, row))
+        rounds[users[row]] += 1
+    return sorted(row for _, _, row in sorted(keys)[:number])
 
 
 def to_prediction(

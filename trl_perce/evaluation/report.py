@@ -37,6 +37,8 @@ NOTES = {
     "finished": "share that ended before the limit",
     "log_likelihood/personal": "nats a personal token of the reference",
     "log_likelihood/other": "nats any other token of the reference",
+    "log_likelihood/personal_without": "personal tokens, without a persona",
+    "log_likelihood/other_without": "other tokens, without a persona",
     "log_likelihood/personal_swapped": "personal tokens, with another user's persona",
     "log_likelihood/other_swapped": "other tokens, with another user's persona",
     "pir/personal": "nats the persona adds to a personal token",
@@ -44,6 +46,8 @@ NOTES = {
     "personal_fraction": "share of personal tokens",
     "own_personal_fraction": "share that this model finds personal",
     "options/likelihood": "share of rows whose right option is the likeliest",
+    "options/without": "the same without a persona",
+    "options/swapped": "the same with another user's persona",
     "options/pir": "share whose right option gains the most from the persona",
     "options/pir_margin": "nats the right option gains over the mean option",
 }
@@ -101,6 +105,8 @@ def _verdict(result: dict[str, Any]) -> str:
         rest = len(tests) - len(higher) - len(lower)
         parts += [f"no clear change in {rest} {'others' if parts else 'metrics'}"] if rest else []
         return f"Against the baseline: {'; '.join(parts) or 'nothing to compare'}."
+    if not result["predicted"]:
+        return "Personal? Cannot say by answers: none were predicted (`prediction_rows` is 0)."
     own, other = (result["metrics"].get(f"uptake/{whose}") for whose in ("own", "other"))
     if not (own and other and own["interval"] and other["interval"]):
         return "Personal? Cannot say: it takes the personas of at least two users."
@@ -165,9 +171,11 @@ def _test_cells(mean: float, test: dict[str, Any]) -> list[str]:
 def _remarks(result: dict[str, Any]) -> list[str]:
     rows, predicted, trimmed = result["rows"], result["predicted"], result["trimmed"]
     remarks = []
-    if predicted < rows:
+    if too_long := result["too_long"]:
+        remarks.append(f"{too_long} of {rows} rows have no prediction: their prompts are too long for `max_length`.")
+    if predicted < rows - too_long:
         remarks.append(
-            f"{rows - predicted} of {rows} rows have no prediction: their prompts are too long for `max_length`."
+            f"{predicted} of {rows} rows were predicted (`prediction_rows`), of as many users as possible; likelihoods are of all."
         )
     if result["unanswered"]:
         remarks.append(

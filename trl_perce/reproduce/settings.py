@@ -20,7 +20,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "perce": {"token_weighting": "perce"},
     "perce_sequence": {"token_weighting": "perce", "weight_normalization": "sequence"},
 }
-BENCHMARKS = ("histories", "longlamp", "lamp", "general_qa", "aloe")
+BENCHMARKS = ("histories", "longlamp", "lamp", "prefeval", "general_qa", "aloe")
 # Benchmarks that are only evaluated on
 _UNTRAINED = ("general_qa", "aloe")
 
@@ -32,7 +32,7 @@ class Task:
 
     Parameters:
         name (`str`): Its key in the YAML.
-        benchmark (`str`): `"histories"`, `"longlamp"`, `"lamp"`, `"general_qa"` or `"aloe"`.
+        benchmark (`str`): `"histories"`, `"longlamp"`, `"lamp"`, `"prefeval"`, `"general_qa"` or `"aloe"`.
         options (`dict[str, Any]`): What the benchmark's `load` takes beside `split` and `num_rows`; for ALOE, its endpoints.
         train_rows (`int`, *optional*, defaults to `2000`): Rows that are trained on (the paper's number).
         validation_rows (`int`, *optional*, defaults to `0`): Rows for choosing the learning rate. 0: nothing is chosen.
