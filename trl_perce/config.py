@@ -12,6 +12,8 @@ from accelerate import PartialState
 from transformers.utils import is_torch_xla_available
 from trl import SFTConfig
 
+from .utils.files import find_shipped
+
 
 def has_accelerator() -> bool:
     """Whether this machine has something to train on besides its CPU."""
@@ -230,6 +232,8 @@ class PerCEConfig(SFTConfig):
 
     def __post_init__(self):
         # Before `super().__post_init__`, which sets up the device and the process group.
+        if self.chat_template_path:  # type: ignore[has-type]
+            self.chat_template_path = find_shipped(self.chat_template_path)  # type: ignore[has-type]
         for name in ("token_weighting", "weight_normalization", "counterfactual", "on_nonfinite"):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:

@@ -64,9 +64,8 @@ def test_official_rows(tmp_path, task):
     }[task]
     example, [span] = mark_persona(to_example(rows[0], rows[0].history))
     text = example["prompt"][0]["content"]
-    assert text.endswith(f" {INPUTS[task]}") and text[span.start : span.end] == "\n\n".join(
-        e.text for e in rows[0].history
-    )
+    assert example["prompt"][1] == {"role": "user", "content": INPUTS[task]}
+    assert text[span.start : span.end] == "\n\n".join(e.text for e in rows[0].history)
 
 
 def test_folders(tmp_path):

@@ -87,17 +87,16 @@ def test_official_rows(tmp_path, task):
 @pytest.mark.parametrize("task", RECORDS)
 def test_persona_is_the_history_and_the_input_stays_verbatim(tmp_path, task):
     row = load_one(tmp_path, RECORDS[task], task)
-    [message], [completion] = (lambda e: (e["prompt"], e["completion"]))(to_example(row, row.history))
-    assert (
-        message["content"].endswith(f" {RECORDS[task]['input']}") and completion["content"] == RECORDS[task]["output"]
-    )
+    example = to_example(row, row.history)
+    [system, message], [completion] = example["prompt"], example["completion"]
+    assert [system["role"], message["role"]] == ["system", "user"]
+    assert message["content"] == RECORDS[task]["input"] and completion["content"] == RECORDS[task]["output"]
     example, [span] = mark_persona(to_example(row, row.history))
     text = example["prompt"][0]["content"]
     assert text[span.start : span.end] == "\n\n".join(entry.text for entry in row.history)
     counterfactual = text[: span.start] + text[span.end :]
     assert not any(entry.response in counterfactual for entry in row.history)
-    added = counterfactual.removesuffix(RECORDS[task]["input"])
-    assert added != counterfactual and len(added.split()) <= 12
+    assert counterfactual.startswith("You write") and len(counterfactual.split()) <= 30
 
 
 def test_other_names_of_the_topics_columns(tmp_path):

@@ -326,7 +326,7 @@ def test_a_judge_rates(evaluate, echo, tmp_path, capsys):
     def rate(body):
         text = body["messages"][-1]["content"]
         name = text.rsplit("\n", 1)[-1].split(":")[0]
-        return f"{name}: {2 if name == 'fluency' else 4}" if "number 3" not in text else "none"
+        return f"{name}: {2 if name == 'fluency' else 4}" if "3 needles" not in text else "none"
 
     echo.reply = rate
     argv = ["--judge_base_url", echo.url, "--judge_model", "judge", "--likelihood", "False"]

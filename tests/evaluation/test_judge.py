@@ -14,8 +14,8 @@ from trl_perce.evaluation.judge import CRITERIA, judge_predictions, read_judgeme
 pytest_plugins = ["servers"]
 
 PREDICTIONS = [
-    {"row": 0, "id": "a", "persona": "I knit {wool} socks.", "query": "A gift?", "prediction": "Needles."},
-    {"row": 3, "id": None, "persona": "I box.", "query": "A gift? 🧵", "prediction": "Gloves: {} of them."},
+    {"row": 0, "id": "a", "query": "A gift?", "reference": "Some {wool} socks.", "prediction": "Needles."},
+    {"row": 3, "id": None, "query": "A gift? 🧵", "reference": "Laces.", "prediction": "Gloves: {} of them."},
 ]
 
 
@@ -59,10 +59,12 @@ def test_questions_and_replies_belong_together(echo, tmp_path):
     assert {name: scores.tolist() for name, scores in judgements.scores.items()} == expected
     assert judgements.replies["coherence"][1] == ["coherence: 3", "coherence: 4"]
     assert len(echo.texts) == 5 * 2 * 2
-    for text in echo.texts:  # text quality is rated without the persona
-        assert ("{wool} socks" in text or "I box." in text) == text.endswith(
-            "personalization: <a whole number from 1 to 5>"
-        )
+    for text in echo.texts:  # text quality is rated without the user's own response
+        compares = text.endswith("personalization: <a whole number from 1 to 5>")
+        assert ("{wool} socks" in text or "Laces." in text) == compares
+        places = [text.index(part) for part in ("\n1: ", "\n5: ", "\nQuery:\n", "\nResponse to rate:\n")]
+        places[3:3] = [text.index("\nThe user's own response:\n")] if compares else []
+        assert places == sorted(places)  # the order of Appendix D.1
         assert ("A gift? 🧵" in text and "Gloves: {} of them." in text) != ("Needles." in text)
 
     judgements.write(tmp_path / "judge.jsonl", PREDICTIONS)
@@ -91,7 +93,7 @@ def test_bad_arguments(echo):
         judge_predictions(PREDICTIONS, endpoint, ["style"])
     with pytest.raises(ValueError, match="`samples` is 3.*`temperature` 0.0"):
         judge_predictions(PREDICTIONS, endpoint, samples=3)
-    with pytest.raises(ValueError, match="Prediction 1 has no 'persona'; it has 'row'.*predictions.jsonl"):
+    with pytest.raises(ValueError, match="Prediction 1 has no 'reference'; it has 'row'.*predictions.jsonl"):
         judge_predictions([PREDICTIONS[0], {"row": 1, "query": "", "prediction": ""}], endpoint)
     assert not echo.texts
 

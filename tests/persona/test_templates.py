@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset, load_from_disk
+from tokenizers import processors
 from transformers import CanineTokenizer
 from transformers.tokenization_mistral_common import MistralCommonBackend
 
-from conftest import GENERATION, make_tiny_model
+from conftest import GENERATION, ROOT, make_tiny_model
 from trl_perce import PerCETrainer, PerContrast, PersonaError
 from trl_perce.evaluation.arguments import GenerationArguments
 from trl_perce.evaluation.predictions import make_prompts
@@ -80,6 +81,21 @@ def trained(row, tokenizer):
 
 def personal(row, tokenizer):
     return tokenizer.decode([token for token, own in zip(row["input_ids"], row["persona_mask"], strict=True) if own])
+
+
+def test_a_base_model_sees_plain_text(tokenizer, prepare, make_args, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the template comes with the package
+    base = copy.deepcopy(tokenizer)
+    base.chat_template, base.bos_token = None, "<|endoftext|>"
+    begins = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    base.backend_tokenizer.post_processor = begins
+    row = {"persona": "I sew.", "prompt": "About me: {persona}\n\nWhat should I buy?\n", "completion": "Needles."}
+    chat = {"prompt": [user(row["prompt"].rstrip())], "completion": [assistant("Needles.")], "persona": "I sew."}
+    assert prepare([chat], base, chat_template_path="recipes/plain_text.jinja") == prepare([row], base)
+    args, with_template = make_args(GenerationArguments, max_new_tokens=4), copy.deepcopy(base)
+    with_template.chat_template = (ROOT / "recipes" / "plain_text.jinja").read_text(encoding="utf-8")
+    asked = [make_prompts([own], by, args)[0].input_ids for own, by in ((chat, with_template), (row, base))]
+    assert asked[0] == asked[1]
 
 
 # ── arguments of the template ────────────────────────────────────────────────────────────────────────────────────────

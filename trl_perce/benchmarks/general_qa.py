@@ -8,7 +8,7 @@ official evaluators do (`hotpot_evaluate_v1.py` of hotpotqa/hotpot, `drop_eval.p
 
     load("drop") ──► rows {"prompt", "completion", "answers", …} ── a model ──► replies ── score() ──► {"em", "f1"}
 
-The questions are asked without examples, in words of ours: the paper's prompts could not be read here. The package `lm-eval` has
+The questions are asked without examples, in words of ours: the paper does not give its prompts. The package `lm-eval` has
 DROP too, which [`lm_eval_scores`] runs as it stands there; of HotpotQA it has only LongBench's 200 rows (`longbench_hotpotqa`).
 """
 

@@ -21,8 +21,8 @@ The outputs of the test split are not public. Results of papers are on `dev`, wh
     …  # retrieve, predict
     lamp.write_submission(read_records("predictions.jsonl"), "LaMP_4", "LaMP_4.json", questions="LaMP_4/test_questions.json")
 
-The input is a whole instruction ("Generate a headline for the following article: …") and is kept as it is. The history goes before
-it. The few words around it are ours, since the prompts of the PerCE paper's Appendix D.1 could not be read.
+The input is a whole instruction ("Generate a headline for the following article: …") and is the user's message as it is. The PerCE paper
+has no prompts for these tasks; the system message before it has the parts of those in its Appendix D.1, in words of ours.
 """
 
 import logging
@@ -50,22 +50,22 @@ logger = logging.getLogger(__name__)
 SETTINGS = ("user", "time")
 TASKS = {
     "LaMP_4": ProfileTask(
-        lead="Earlier headlines by this author:",
-        style="Write as this author does.",
+        lead="You write headlines for the user. Earlier headlines of theirs:",
+        style="Write the new one as they would, in their style and tone.",
         labels={"title": "Headline", "text": "Article"},
         response="title",
         query="article:",
     ),
     "LaMP_5": ProfileTask(
-        lead="Earlier titles by this author:",
-        style="Write as this author does.",
+        lead="You write titles of the user's papers. Earlier titles of theirs:",
+        style="Write the new one as they would, in their style and language.",
         labels={"title": "Title", "abstract": "Abstract"},
         response="title",
         query="paper:",
     ),
     "LaMP_7": ProfileTask(
-        lead="Earlier tweets by this user:",
-        style="Write as this user does.",
+        lead="You write tweets for the user. Earlier tweets of theirs:",
+        style="Write the new one as they would, in their style and tone.",
         labels={"text": ""},
         response="text",
         query=":",

@@ -17,9 +17,8 @@ has no date for the output, so there it is the benchmark's own choice of the pro
 a local file has a `date`, `year` or `unixReviewTime` like the items of its profile, entries that are not earlier are never
 retrieved. Entries that all have a date are put in its order, others stay in the order of the profile.
 
-The input is a whole instruction ("Generate the content for a reddit post …") and is kept as it is. The history goes before it.
-The few words around it are ours, since the prompts of the PerCE paper's Appendix D.1 could not be read: they add about a dozen
-tokens to the input.
+The input is a whole instruction ("Generate the content for a reddit post …") and is the user's message as it is. Before it, a system message
+has the parts of Appendix D.1 of the PerCE paper in its order: the task, the history, the user's style. The words are ours.
 """
 
 import logging
@@ -38,21 +37,21 @@ HUB = "LongLaMP/LongLaMP"
 SETTINGS = ("user", "temporal")
 TASKS = {
     "abstract_generation": ProfileTask(
-        lead="Earlier abstracts by this author:",
-        style="Write as this author does.",
+        lead="You write abstracts of the user's papers. Abstracts of earlier papers of theirs:",
+        style="Write the new one as they would, in their style and language.",
         labels={"title": "Title", "abstract": "Abstract"},
         response="abstract",
         query="items:",
     ),
     "product_review": ProfileTask(
-        lead="Earlier reviews by this reviewer:",
-        style="Write as this reviewer does.",
+        lead="You write product reviews for the user. Earlier reviews of theirs:",
+        style="Write the new one as they would, in their style and tone.",
         labels={"overall": "Rating", "summary": "Summary", "description": "Product", "reviewText": "Review"},
         response="reviewText",
     ),
     "topic_writing": ProfileTask(
-        lead="Earlier posts by this user:",
-        style="Write as this user does.",
+        lead="You write about a topic for the user. Earlier texts of theirs:",
+        style="Write the new one as they would, in their style and tone.",
         labels={"summary": "Summary", "content": "Post"},
         response="content",
         aliases={"summary": "input", "content": "output"},

@@ -3,8 +3,9 @@
 """
 What LongLaMP and LaMP share: an `input` that is a whole instruction, and the `profile` of the user whose `output` is wanted.
 
-The official inputs stay as they are and the history goes before them. Appendix D.1 of the PerCE paper has its own prompts; the
-words around the history (`lead` and `style` of a [`ProfileTask`]) and the layout of an entry are ours.
+The prompt has the parts of Appendix D.1 of the PerCE paper in its order: a system message says what to write, gives the history and asks for the
+user's style; the user's message is the official input as it is. The words (`lead` and `style` of a [`ProfileTask`]) and the layout of
+an entry are ours.
 """
 
 import logging
@@ -30,8 +31,8 @@ class ProfileTask:
     What tells one task from another.
 
     Attributes:
-        lead (`str`): Stands before the history in the prompt.
-        style (`str`): Stands between the history and the official input.
+        lead (`str`): What to write, and what the history is. Stands before it in the system message.
+        style (`str`): Asks for the user's style. Stands behind the history.
         labels (`dict[str, str]`): Columns of a profile's item in the order of the benchmark's own code, and what each is called in
             the entry's text. An empty label: the value stands alone.
         response (`str`): The column that is of the same kind as the output.
@@ -87,11 +88,11 @@ class RowMaker:
         if reason:
             self.rows.add(reason)
             return None
-        prompt = f"{self.task.lead}\n\n{PLACEHOLDER}\n\n{self.task.style} {text}"
+        system = f"{self.task.lead}\n\n{PLACEHOLDER}\n\n{self.task.style}"
         return HistoryRow(
             id=id,
             user=user,
-            prompt=({"role": "user", "content": prompt},),
+            prompt=({"role": "system", "content": system}, {"role": "user", "content": text}),
             response=output,
             history=history,
             search=text.partition(self.task.query)[2].strip() or text if self.task.query else text,

@@ -158,7 +158,8 @@ def _check_models(models: dict[str, dict[str, Any]]) -> None:
     for name, arguments in models.items():
         path = arguments["model_name_or_path"]
         if (path.startswith(("/", ".", "~")) or path.count("/") > 1) and not Path(path).expanduser().exists():
-            hint = "`python examples/smollm2.py` makes it." if "SmolLM2" in path else "Make it first."
+            made = {"SmolLM2-135M-Instruct": "smollm2.py", "gemma-3-270m": "gemma3.py"}.get(Path(path).name)
+            hint = f"`python examples/{made}` makes it." if made else "Make it first."
             raise FileNotFoundError(
                 f"`models`, {name}: there is no folder {path!r} (seen from {os.getcwd()}). {hint} Or write a name on the Hub."
             )

@@ -3,10 +3,11 @@
 """
 LLM as a judge (Appendix D.1, Table 10): how personal, and how well written, are the predictions of `trl-perce evaluate`?
 
-Two prompts, in the style of G-Eval (Liu et al. 2023): what is rated, by which criterion, in which steps, and a form that is one
-whole number. The wording is ours. G-Eval's weighting by token probabilities is not offered: many endpoints (among them
-`transformers serve`) return none, and what they return depends on the tokenizer; the mean over several sampled replies estimates
-the same figure with any endpoint.
+Two prompts, in the style of G-Eval (Liu et al. 2023), with the paper's slots in its order and its five steps of a scale, in words of
+ours. Personalization: query, the user's own response, prediction; the persona is not shown. Quality: query, prediction. The paper's second judge
+gives its four ratings in one reply; here each has a question of its own, as in G-Eval, so that a reply that cannot be read costs one
+rating. G-Eval's weighting by token probabilities is not offered: many endpoints (among them `transformers serve`) return none, and what
+they return depends on the tokenizer; the mean over several sampled replies estimates the same figure with any endpoint.
 """
 
 import logging
@@ -31,20 +32,19 @@ Rate {name} with a whole number from 1 (worst) to 5 (best). Write the form below
 
 PERSONALIZATION_PROMPT = (
     """\
-You rate how well a response fits the person that it was written for.
+You compare a response with the one that the user wrote, or would have wanted. Judge as a neutral reader would.
 
 Criterion: {name}. {definition}
 
-Steps:
-{steps}
-
-What is known about the person:
-{persona}
+{scale}
 
 Query:
 {query}
 
-Response:
+The user's own response:
+{reference}
+
+Response to rate:
 {prediction}
 
 """
@@ -53,21 +53,35 @@ Response:
 
 QUALITY_PROMPT = (
     """\
-You rate how well a response to a query is written.
+You rate how well a response to a query is written. Judge as a neutral reader would.
 
 Criterion: {name}. {definition}
 
-Steps:
-{steps}
+{scale}
 
 Query:
 {query}
 
-Response:
+Response to rate:
 {prediction}
 
 """
     + _FORM
+)
+
+_LIKENESS = (
+    "it has nothing to do with the user's own response.",
+    "it touches on it, but goes another way.",
+    "it goes the same way in part, and gets things wrong.",
+    "it is the same in the main, and leaves out a little.",
+    "it says the same, in full and without a fault.",
+)
+_QUALITY = (
+    "it cannot be used.",
+    "its faults are grave.",
+    "its faults are plain, but parts of it will do.",
+    "it is good, with small faults.",
+    "it is very good, without a fault to be seen.",
 )
 
 
@@ -77,60 +91,49 @@ class Criterion:
     One thing that the judge rates.
 
     Attributes:
-        prompt (`str`): Text of the question, with places `{name}`, `{definition}`, `{steps}`, `{query}`, `{prediction}` and,
-            if the judge shall see it, `{persona}`.
+        prompt (`str`): Text of the question, with places `{name}`, `{definition}`, `{scale}`, `{query}`, `{prediction}` and,
+            if the judge shall see it, `{reference}`.
         definition (`str`): What is rated.
-        steps (`tuple[str, ...]`): How to come to the rating.
+        scale (`tuple[str, ...]`): What the ratings 1 to 5 mean.
     """
 
     prompt: str
     definition: str
-    steps: tuple[str, ...]
+    scale: tuple[str, ...]
 
     def messages(self, name: str, prediction: dict[str, Any]) -> list[dict[str, str]]:
         """The question to the judge about a line of `predictions.jsonl`."""
-        steps = "\n".join(f"{number}. {step}" for number, step in enumerate(self.steps, 1))
-        texts = {key: prediction[key] for key in ("persona", "query", "prediction")}
-        content = self.prompt.format(name=name, definition=self.definition, steps=steps, **texts)
+        scale = "\n".join(f"{rating}: {meaning}" for rating, meaning in enumerate(self.scale, 1))
+        texts = {key: prediction[key] for key in ("query", "reference", "prediction")}
+        content = self.prompt.format(name=name, definition=self.definition, scale=scale, **texts)
         return [{"role": "user", "content": content}]
 
 
 CRITERIA = {
     "personalization": Criterion(
         PERSONALIZATION_PROMPT,
-        "Does the response use what is known about this person, their facts, tastes, opinions and way of writing, where the "
-        "query gives reason to? What fits anybody is worth little; what contradicts the person is worth least.",
-        (
-            "Read what is known about the person and note what matters for the query.",
-            "Read the response and find what it takes from that, in content and in style.",
-            "Take off for what contradicts the person or is merely copied without use for the query.",
-        ),
+        "How close does the response come to the user's own, in what it says and in how it says it?",
+        _LIKENESS,
     ),
     "coherence": Criterion(
         QUALITY_PROMPT,
         "Do the sentences follow from each other and build one whole, in an order that makes sense?",
-        (
-            "Read the query and the response.",
-            "Check whether each sentence goes on from the one before, and whether the whole has a clear line.",
-        ),
+        _QUALITY,
     ),
     "consistency": Criterion(
         QUALITY_PROMPT,
         "Does the response agree with the query and with itself? Statements that contradict either are faults.",
-        (
-            "List what the query states and what the response states.",
-            "Look for statements of the response that contradict the query or each other.",
-        ),
+        _QUALITY,
     ),
     "fluency": Criterion(
         QUALITY_PROMPT,
         "Is the language of the response good: grammar, spelling, punctuation, choice of words, no repetition, no broken end?",
-        ("Read the response and note its faults of language.", "Judge how much they hinder reading."),
+        _QUALITY,
     ),
     "relevance": Criterion(
         QUALITY_PROMPT,
         "Does the response do what the query asks for, with what matters for it and nothing beside the point?",
-        ("Say what the query asks for.", "Check how much of it the response gives, and how much is beside the point."),
+        _QUALITY,
     ),
 }
 
@@ -202,7 +205,7 @@ def judge_predictions(
     Have a model rate predictions, one question a prediction, criterion and sample.
 
     Args:
-        predictions (`list[dict[str, Any]]`): Lines of `predictions.jsonl`: `persona`, `query` and `prediction` are judged.
+        predictions (`list[dict[str, Any]]`): Lines of `predictions.jsonl`: `query`, `reference` and `prediction` are judged.
         endpoint ([`~trl_perce.evaluation.endpoint.Endpoint`]): The judge. Its file of answers makes a run that was killed go on.
         criteria (`Sequence[str]`, *optional*): Of [`CRITERIA`]; all by default.
         samples (`int`, *optional*, defaults to `1`): Replies to each question, of which the mean counts. More than one needs
@@ -260,7 +263,7 @@ def _check(predictions: list[dict[str, Any]], endpoint: Endpoint, criteria: Sequ
             "temperature above 0: without sampling, all replies are the same."
         )
     for index, prediction in enumerate(predictions):
-        missing = [key for key in ("row", "persona", "query", "prediction") if key not in prediction]
+        missing = [key for key in ("row", "query", "reference", "prediction") if key not in prediction]
         if missing:
             raise ValueError(
                 f"Prediction {index} has no {', '.join(map(repr, missing))}; it has {', '.join(map(repr, prediction))}. "

@@ -46,8 +46,8 @@ def parse_rating(reply: str, name: str | None = None) -> int | None:
 
 def to_percent(ratings: T) -> T:
     """
-    Ratings on a scale from 0 to 100: `100 (r − 1) / 4`, so that 1 is 0 and 5 is 100. The scale of Table 10 is not known to
-    us: compare differences between methods with the paper's, not levels.
+    Ratings on a scale from 0 to 100: `100 (r − 1) / 4`, so that 1 is 0 and 5 is 100. The prompts of Appendix D.1
+    rate from 1 to 5 and Table 10 has per cent, some below 20: so 1 is 0 there, too, but the paper does not say it.
 
     Args:
         ratings (`np.ndarray` or `float`): From 1 to 5, or means of such; NaN stays.

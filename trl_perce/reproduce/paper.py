@@ -98,7 +98,7 @@ _PAIRS = {
 ODDITIES = {
     1: "No figure of the paper has an interval or a number of seeds, and the learning rate is chosen on the figures that are reported.",
     2: "The paper's best CE figure on abstracts is 37.28 here and 37.27 in its Table 1. The best learning rate differs by method and task.",
-    10: "The paper's judge rates from 0 to 100, ours from 1 to 5: the figures do not stand side by side.",
+    10: "The paper's prompts rate from 1 to 5 and its table is in per cent, without a word on how one becomes the other or who judges.",
     11: "The paper gives one score a benchmark and does not say which; ours are exact match and F1, so that they do not stand side by side.",
 }
 """Number of a table → what is odd in the paper, or keeps its figures from standing beside ours."""

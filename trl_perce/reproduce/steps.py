@@ -264,7 +264,8 @@ class Steps:
         judged = Step(
             folder=folder,
             kind="judge",
-            settings={"evaluation": step.settings, "judge": self.settings.judge},
+            # Another wording of the judge's questions is another judgement
+            settings={"evaluation": step.settings, "judge": self.settings.judge, "criteria": _criteria()},
             run=lambda: self._evaluate(config | judge, folder, "judge", task),
             needs=(step,),
         )
@@ -337,6 +338,13 @@ def _unknown(key: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(key, known, n=1)
     hint = f"Did you mean `{nearest[0]}`?" if nearest else f"There are {', '.join(known)}."
     return f"unknown key `{key}`. {hint}"
+
+
+def _criteria() -> str:
+    """What the judge is asked, as a checksum."""
+    from ..evaluation.judge import CRITERIA
+
+    return hashlib.sha256(repr(CRITERIA).encode()).hexdigest()
 
 
 def _trained_with(needs: tuple[Step, ...]) -> dict[str, Any]:
