@@ -671,7 +671,7 @@ def _mask_row(
         weights = example.get("token_weights")
         if given and weights is not None:
             check_token_weights(weights, len(ids))
-        by_message = message_weights(example, whole)
+        by_message = message_weights(example, whole) if SPANS_COLUMN in example else []  # else it came tokenized
         if any(weight != 1 if given else weight == 0 for _, weight in by_message):
             text = text or render(example, [], tokenizer, chat_template, text_field)[0]
             weights = [1.0] * len(ids)

@@ -27,7 +27,7 @@ def message_weights(example: dict[str, Any], whole: dict[str, bool]) -> list[tup
     Raises:
         `PersonaError`: A weight is no finite number, negative, or another one than 0 and 1 of a message that is not trained; or all are 0.
     """
-    if "input_ids" in example or not is_conversational(example):
+    if not is_conversational(example):
         return []
     columns = ("prompt", "completion") if "prompt" in example else ("messages",)
     messages = [(column, index, message) for column in columns for index, message in enumerate(example[column])]
