@@ -139,7 +139,7 @@ class PerCETrainer(CheckpointMixin, UploadMixin, ModelCheckMixin, SFTTrainer):
 
     Metrics, in every log line, over all processes and micro-batches since the last one: `pir/mean` (nats) and
     `pir/personal_fraction` (share with PIR > 1) over the tokens that the counterfactual pass scores; `weight/mean`,
-    `weight/at_min` and `weight/at_max` (shares at the clipping bounds) over all trained tokens, before
+    `weight/at_min` and `weight/at_max` (shares at the clipping bounds, where weights are clipped) over all trained tokens, before
     `weight_normalization`; `counterfactual/token_ratio`, the tokens of the counterfactual pass over those of the factual
     one; `nll`, the unweighted loss in nats a token, which compares across weightings. With `on_nonfinite="skip"` also
     `skipped_steps`, how many were left out so far.
@@ -411,6 +411,8 @@ class PerCETrainer(CheckpointMixin, UploadMixin, ModelCheckMixin, SFTTrainer):
         metrics = self._token_metrics.pop(self._mode)
         if self.args.token_weighting != "perce":
             metrics.pop("counterfactual/token_ratio", None)
+        if self.args.token_weighting == "given":  # which are not clipped
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("weight/at_")}
         if self.model.training and self.args.on_nonfinite == "skip":
             metrics["skipped_steps"] = self._finite_check.skipped_steps
         self._metrics[self._mode].update({name: [value] for name, value in metrics.items()})
