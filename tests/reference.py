@@ -28,15 +28,18 @@ class Row:
     persona: list[int]
     after: list[int]
     response: list[int]
+    weights: list[float] | None = None  # that come with the row, one for each token of the response
 
-    def tokenized(self) -> dict[str, list[int]]:
+    def tokenized(self) -> dict[str, list]:
         prompt = self.before + self.persona + self.after
         mask = [0] * len(self.before) + [1] * len(self.persona) + [0] * len(self.after + self.response)
-        return {
+        row = {
             "input_ids": prompt + self.response,
             "labels": [-100] * len(prompt) + self.response,
             "persona_mask": mask,
         }
+        # Where nothing is trained, a weight has no effect
+        return row if self.weights is None else row | {"token_weights": [9.0] * len(prompt) + self.weights}
 
 
 def make_rows(seed: int, count: int, vocab: int = 400, with_persona: float = 0.75) -> list[Row]:
@@ -105,6 +108,8 @@ def reference(
                 weights = (-log_probs).clamp(clip_min, clip_max)
             elif weighting == "entropy":
                 weights = entropy.clamp(clip_min, clip_max)
+            elif weighting == "given":
+                weights = torch.tensor(row.weights, dtype=torch.float64)
             elif weighting == "perce" and row.persona:
                 if counterfactual == "drop":
                     without, _ = response_log_probs(model, row.before + row.after, row.response)

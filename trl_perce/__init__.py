@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .scoring.percontrast import PerContrast
     from .scoring.scores import TokenScores
     from .trainer import PerCETrainer
-    from .training.collator import DataCollatorForPerCE
+    from .training.collator import DataCollatorForPerCE, DataCollatorForTokenWeights
 
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ keep_noise_off()  # before PEFT is imported, which imports bitsandbytes
 
 __all__ = [
     "DataCollatorForPerCE",
+    "DataCollatorForTokenWeights",
     "PerCEConfig",
     "PerCETrainer",
     "PerContrast",
@@ -35,6 +36,7 @@ __all__ = [
 
 _MODULES = {
     "DataCollatorForPerCE": "training.collator",
+    "DataCollatorForTokenWeights": "training.collator",
     "PerCEConfig": "config",
     "PerCETrainer": "trainer",
     "PerContrast": "scoring.percontrast",

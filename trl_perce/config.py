@@ -41,7 +41,12 @@ class PerCEConfig(SFTConfig):
             - `"perce"`: the token's Personal Influence Ratio (PIR), in nats.
             - `"loss"`: the token's own loss, in nats (the paper's baseline LossCE).
             - `"entropy"`: the entropy of the distribution that predicts it, in nats (the paper's baseline EntCE).
+            - `"given"`: the row itself. Tokenized rows have a column `token_weights`, one number for each of `input_ids`
+              (`trl-perce score --token_weights` writes such rows); in conversations an assistant's message has a key
+              `weight`. Both are 1 where they are missing, and are not clipped. There is no counterfactual pass.
             - `"uniform"`: 1 (plain CE). The loss is then [`~trl.SFTTrainer`]'s own.
+
+            With each of them a message with `weight` 0 is not trained, as in OpenAI's format for fine-tuning.
 
         weight_clip_min (`float`, *optional*, defaults to `0.8`):
             Lower bound `m` of a weight, dimensionless (Table 7 of the paper).
@@ -135,9 +140,9 @@ class PerCEConfig(SFTConfig):
         default="perce",
         metadata={
             "help": "Where the weight of a trained token comes from: 'perce' (its Personal Influence Ratio), 'loss' (its "
-            "own loss, LossCE), 'entropy' (the entropy of its prediction, EntCE) or 'uniform' (plain CE, exactly "
-            "TRL's SFT).",
-            "choices": ["perce", "loss", "entropy", "uniform"],
+            "own loss, LossCE), 'entropy' (the entropy of its prediction, EntCE), 'given' (the row: its 'token_weights', or the "
+            "'weight' of its messages) or 'uniform' (plain CE, exactly TRL's SFT).",
+            "choices": ["perce", "loss", "entropy", "given", "uniform"],
         },
     )
     weight_clip_min: float = field(

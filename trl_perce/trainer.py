@@ -17,6 +17,7 @@ from .hub.upload_mixin import UploadMixin
 from .persona.dataset import (
     check_rendering,
     count_personas,
+    count_weights,
     mark_dataset,
     pack_dataset_with_mask,
     tokenize_with_mask,
@@ -38,7 +39,7 @@ from .training.checks import (
     make_trainable_in_fp16,
     warn_of_noise,
 )
-from .training.collator import DataCollatorForPerCE
+from .training.collator import DataCollatorForPerCE, DataCollatorForTokenWeights
 from .training.estep import EStep
 from .training.finite_check import FiniteCheck
 from .training.fused_head import labelled_positions_only
@@ -112,12 +113,14 @@ class PerCETrainer(CheckpointMixin, UploadMixin, ModelCheckMixin, SFTTrainer):
             Configuration for this trainer. If `None`, a default configuration is used. `TrainingArguments` become a
             [`PerCEConfig`] with the same values.
         data_collator ([`~transformers.DataCollator`], *optional*):
-            With `token_weighting="perce"`, a [`DataCollatorForPerCE`], which is also the default.
+            With `token_weighting="perce"`, a [`DataCollatorForPerCE`], and with `"given"` a [`DataCollatorForTokenWeights`], which are
+            also the defaults.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Any dataset type of [`~trl.SFTTrainer`]. The persona stands between markers (`<persona>…</persona>`) in any
             message but the response, or in a column `persona`, whose text takes the place of `{persona}` in the prompt.
             Rows that are already tokenized have a column `persona_mask`: 1 where a token belongs to the persona. Rows
-            without a persona train as plain CE.
+            without a persona train as plain CE. With `token_weighting="given"`, tokenized rows have a column `token_weights`, or the
+            assistant's messages a key `weight`.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
             Dataset to use for evaluation, of the same types. `eval_loss` is the weighted loss; `eval_nll` is not weighted.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -136,7 +139,7 @@ class PerCETrainer(CheckpointMixin, UploadMixin, ModelCheckMixin, SFTTrainer):
 
     Metrics, in every log line, over all processes and micro-batches since the last one: `pir/mean` (nats) and
     `pir/personal_fraction` (share with PIR > 1) over the tokens that the counterfactual pass scores; `weight/mean`,
-    `weight/at_min` and `weight/at_max` (shares at the clipping bounds) over all trained tokens, before
+    `weight/at_min` and `weight/at_max` (shares at the clipping bounds, where weights are clipped) over all trained tokens, before
     `weight_normalization`; `counterfactual/token_ratio`, the tokens of the counterfactual pass over those of the factual
     one; `nll`, the unweighted loss in nats a token, which compares across weightings. With `on_nonfinite="skip"` also
     `skipped_steps`, how many were left out so far.
@@ -262,6 +265,8 @@ class PerCETrainer(CheckpointMixin, UploadMixin, ModelCheckMixin, SFTTrainer):
                 )
             hidden_size = self.model.config.get_text_config().hidden_size
             self._e_step = EStep(self.accelerator, self.data_collator, hidden_size, args.counterfactual_batch_tokens)
+        elif args.token_weighting == "given" and data_collator is None:
+            self.data_collator = DataCollatorForTokenWeights(**dataclasses.asdict(self.data_collator))
         self._finite_check = FiniteCheck(self.accelerator, args.on_nonfinite, self.train_dataset)
         self._token_metrics = TokenMetrics(self.accelerator, (args.weight_clip_min, args.weight_clip_max))
 
@@ -284,7 +289,7 @@ class PerCETrainer(CheckpointMixin, UploadMixin, ModelCheckMixin, SFTTrainer):
             turns,
             args,
         )
-        if packing and args.token_weighting != "perce":
+        if packing and args.token_weighting not in ("perce", "given"):
             return super()._prepare_dataset(dataset, processing_class, args, True, None, dataset_name)
         # Where nothing is left to truncate, TRL need not read and write every row for it
         rest = copy_config(args, max_length=None) if is_final else args
@@ -295,7 +300,7 @@ class PerCETrainer(CheckpointMixin, UploadMixin, ModelCheckMixin, SFTTrainer):
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         if "persona_mask" not in self._signature_columns:
-            self._signature_columns: list[str] = [*self._signature_columns, "persona_mask"]
+            self._signature_columns: list[str] = [*self._signature_columns, "persona_mask", "token_weights"]
 
     def train(self, *args, **kwargs):
         if self.args.token_weighting == "perce" and self.args.counterfactual_refresh_epochs > 1:
@@ -325,7 +330,7 @@ class PerCETrainer(CheckpointMixin, UploadMixin, ModelCheckMixin, SFTTrainer):
         inputs = dict(inputs)
         if "counterfactual_rows" in inputs:  # not from a training window: evaluation
             self._e_step(model, [inputs])
-        counterfactual = {key: inputs.pop(key) for key in [*inputs] if "counterfactual" in key}
+        ours = {key: inputs.pop(key) for key in [*inputs] if "counterfactual" in key or key == "token_weights"}
 
         loss_type = self.args.loss_type
 
@@ -333,7 +338,7 @@ class PerCETrainer(CheckpointMixin, UploadMixin, ModelCheckMixin, SFTTrainer):
             # TRL's NLL is linear in `log_probs`: weighting them here weights the loss, and leaves the rest to TRL
             outputs = model(**kwargs)
             if kwargs.get("fused_lm_head"):
-                weights = self._token_weights(outputs, inputs, **counterfactual)
+                weights = self._token_weights(outputs, inputs, **ours)
                 if loss_type == "dft":  # its weight is the token's probability
                     weights = weights * outputs.log_probs.detach().exp()
                 outputs.log_probs = outputs.log_probs * weights
@@ -348,7 +353,13 @@ class PerCETrainer(CheckpointMixin, UploadMixin, ModelCheckMixin, SFTTrainer):
 
     @torch.no_grad()
     def _token_weights(
-        self, outputs, inputs, has_counterfactual=None, counterfactual_log_probs=None, counterfactual_tokens=0
+        self,
+        outputs,
+        inputs,
+        has_counterfactual=None,
+        counterfactual_log_probs=None,
+        counterfactual_tokens=0,
+        token_weights=None,
     ) -> torch.Tensor:
         """Weights of the shape of `outputs.log_probs`, 0 on tokens that are not trained. Notes the metrics."""
         args, scored = self.args, outputs.label_mask
@@ -359,6 +370,8 @@ class PerCETrainer(CheckpointMixin, UploadMixin, ModelCheckMixin, SFTTrainer):
             weights = loss_weights(log_probs, *bounds)
         elif args.token_weighting == "entropy":
             weights = entropy_weights(outputs.entropy[scored], *bounds)
+        elif args.token_weighting == "given":
+            weights = _like(scored, token_weights)[scored].to(log_probs.dtype)
         else:
             paired = _like(scored, has_counterfactual)[scored]  # the k-th has the k-th counterfactual log-probability
             pir = personal_influence_ratio(log_probs[paired], counterfactual_log_probs.to(log_probs.device))
@@ -398,6 +411,8 @@ class PerCETrainer(CheckpointMixin, UploadMixin, ModelCheckMixin, SFTTrainer):
         metrics = self._token_metrics.pop(self._mode)
         if self.args.token_weighting != "perce":
             metrics.pop("counterfactual/token_ratio", None)
+        if self.args.token_weighting == "given":  # which are not clipped
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("weight/at_")}
         if self.model.training and self.args.on_nonfinite == "skip":
             metrics["skipped_steps"] = self._finite_check.skipped_steps
         self._metrics[self._mode].update({name: [value] for name, value in metrics.items()})
@@ -412,4 +427,5 @@ def _like(scored: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 def _mark_and_count(dataset, name: str, args: PerCEConfig, formatting_func):
     dataset = mark_dataset(dataset, name, args, formatting_func)
+    count_weights(dataset, name, args, required=name == "train")
     return dataset, count_personas(dataset, name, args, required=name == "train")

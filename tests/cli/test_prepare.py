@@ -227,13 +227,18 @@ def test_what_has_no_text_or_holds_marks_is_left_out_and_counted(tmp_path):
     lines = [{"user": "ann", "messages": talk, "notes": "I sew."} for talk in talks]
     lines.append({"user": "bob", "messages": [ask, answer], "notes": "What I say is: I see."})
     lines.append({"user": "cy", "messages": [ask, {"role": "assistant", "content": "I see " * 9}], "notes": "N"})
+    untrained = [ask, {"role": "assistant", "content": "No!", "weight": 0}, ask, answer | {"weight": 1}]
+    lines.append({"user": "dee", "messages": untrained, "notes": "N"})
     source = write_lines(tmp_path / "logs.jsonl", lines)
     rows = rows_of(tmp_path, source, "--persona_column", "notes", "--max_words", 9)
-    assert [(row["user"], row["completion"][0]["content"]) for row in rows] == [("ann", "I see."), ("bob", "I see.")]
+    found = [(row["user"], row["completion"][0]["content"]) for row in rows]
+    assert found == [("ann", "I see."), ("bob", "I see."), ("dee", "I see.")]
+    assert rows[-1]["prompt"][1] == {"role": "assistant", "content": "No!"}
     assert summary(tmp_path)["left_out"] == {
         "a message before the reply has no text (a tool, an image)": 2,
         "the prompt or the response holds '<persona>'": 1,
         "the response is longer than 9 words (`max_words`)": 1,
+        "a reply with the weight 0, which is not to be trained": 1,
     }
 
 

@@ -2,17 +2,22 @@ import json
 import shlex
 import signal
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from conftest import make_tiny_model
 from processes import start
-from reference import BF16, put_4bit_weights, root_mean_square
+from reference import BF16, make_rows, put_4bit_weights, reference, root_mean_square
 from rows import write_lines
+from runs import assert_close, one_sgd_step
 from trl_perce import PerContrast, PerContrastConfig, TokenScores
 from trl_perce.cli.common import take_run_settings
 from trl_perce.cli.main import main
@@ -120,6 +125,50 @@ def test_data_that_are_worth_it_are_trained_on_next(score, tiny_model, data, tmp
     assert score(config=["--config", "config.yaml"]) == 0
     said = capsys.readouterr().out.rpartition("Next: ")[2].replace("\\\n", "")
     assert shlex.split(said) == ["trl-perce", "train", "--config", "config.yaml", "--dataset_name", data]
+
+
+def test_rows_with_their_weights_train_as_perce_does_at_its_first_step(
+    score, make_args, tokenizer, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    original = report.make_report
+    monkeypatch.setattr(
+        report, "make_report", lambda *args: original(*args) | {"verdict": {"answer": "yes", "text": ""}}
+    )
+    Path("config.yaml").write_text(yaml.safe_dump({"eval_strategy": "epoch", "output_dir": "trained"}))
+    rows = make_rows(seed=61, count=7)
+    untrained = rows[3].tokenized() | {"labels": [-100] * len(rows[3].tokenized()["labels"])}
+    lines = [row.tokenized() for row in rows]
+    file = write_lines(tmp_path / "tokens.jsonl", [*lines[:3], untrained, *lines[3:], untrained])
+    bounds = ["--weight_clip_min", "0.5", "--weight_clip_max", "2"]
+    options = ["--dataset_name", file, *bounds, "--token_weights", "--max_length", "64"]
+    assert score(*options, config=["--config", "config.yaml"]) == 0
+
+    said = " ".join(capsys.readouterr().out.replace("\\\n", "").split())
+    assert "train.parquet: 7 rows with their weights; 2 left out (no token of it is trained)" in said
+    folder = tmp_path / "scores" / "token_weights"
+    command = shlex.split(said.rpartition("Next: ")[2])
+    assert command[:4] == ["trl-perce", "train", "--config", "config.yaml"]
+    given = dict(zip(command[4::2], command[5::2], strict=True))
+    assert given["--dataset_name"] == str(folder) and given["--token_weighting"] == "given"
+    assert given["--eval_strategy"] == "no" and given["--output_dir"] == "trained-given"
+
+    written = load_dataset(str(folder), split="train")
+    expected = reference(make_tiny_model("llama"), rows, clip_min=0.5, clip_max=2.0)
+    columns = ["input_ids", "labels", "persona_mask"]
+    assert written.select_columns(columns).to_list() == lines
+    for row, weights in zip(written, expected.weights, strict=True):
+        found = [w for w, label in zip(row["token_weights"], row["labels"], strict=True) if label != -100]
+        assert found == pytest.approx(weights, abs=2e-5)
+    ready = [SimpleNamespace(tokenized=lambda row=row: row) for row in written]
+    for step_rows, options in (
+        (ready, {"token_weighting": "given"}),
+        (rows, {"weight_clip_min": 0.5, "weight_clip_max": 2.0}),
+    ):
+        options |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+        logs, gradients = one_sgd_step(make_args, tokenizer, "llama", step_rows, torch.float64, **options)
+        assert logs["loss"] == pytest.approx(expected.loss, rel=1e-5)
+        assert_close(gradients, expected.gradients, relative=1e-5)
 
 
 def test_streaming_gives_the_same(score, tmp_path):

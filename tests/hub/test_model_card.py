@@ -66,10 +66,12 @@ def test_lora_with_an_evaluation(make_card):
     assert "About me: {persona}\nWhat should I buy, number …<|im_end|>\n<|im_start|>assistant" in text
 
 
-@pytest.mark.parametrize("kind", ["full", "prompt tuning", "loss", "uniform", "sequence", "stream"])
+@pytest.mark.parametrize("kind", ["full", "prompt tuning", "loss", "uniform", "sequence", "stream", "given"])
 def test_other_runs(make_card, kind, tmp_path):
     lora = LoraConfig(r=4, target_modules="all-linear")
+    weighted = [row | {"completion": [row["completion"][0] | {"weight": 0.5}]} for row in make_chat_rows()]
     kwargs = {
+        "given": {"peft_config": lora, "token_weighting": "given", "data": Dataset.from_list(weighted)},
         "full": {"peft_config": None},
         "prompt tuning": {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)},
         "loss": {"peft_config": lora, "token_weighting": "loss", "weight_clip_min": 0.5},
@@ -92,6 +94,7 @@ def test_other_runs(make_card, kind, tmp_path):
         "uniform": "Plain cross-entropy",
         "sequence": "divided by their mean over the row",
         "stream": "as in the training data",
+        "given": "| mean weight | 0.500 | 0.500 |\n| loss without weights",
     }
     assert expected.get(kind, r"\mathcal{L}") in text
     assert card.data.eval_results is None

@@ -36,6 +36,8 @@ from .common import (
 
 
 HELP = "Score how personal each token of a dataset's responses is, and report whether the data is worth PerCE"
+# Rows with their weights, a dataset of its own
+_WEIGHTED = "token_weights/train.parquet"
 # Settings that the scores depend on
 _SETTINGS = [
     *("counterfactual", "weight_clip_min", "weight_clip_max", "personal_threshold", "max_length", "truncate_persona"),
@@ -77,6 +79,13 @@ def make_parser():
             default=4,
             metadata={"help": "Personas in heatmap.png and in the terminal, each with its most personal row."},
         )
+        token_weights: bool = field(
+            default=False,
+            metadata={
+                "help": "Also write token_weights/train.parquet: the rows, tokenized, with the weight of each token, for "
+                "`trl-perce train --token_weighting given`."
+            },
+        )
         overwrite: bool = field(
             default=False, metadata={"help": "Remove earlier scores from `output_dir` instead of going on with them."}
         )
@@ -87,7 +96,8 @@ def make_parser():
         prog="trl-perce score",
         description=f"{HELP}. Takes a training recipe with --config, whose arguments that do not matter here are ignored; one with "
         "`bf16: true` is scored under autocast, as it trains, and otherwise the model runs in its own dtype. "
-        "Writes scores.jsonl, heatmap.html, heatmap.png, report.md and report.json to --output_dir. Called again, it goes on "
+        "Writes scores.jsonl, heatmap.html, heatmap.png, report.md and report.json to --output_dir, and with --token_weights the rows "
+        "with their weights. Called again, it goes on "
         "where it stopped. Arguments of `accelerate launch` (--num_processes …) and --accelerate_config (a file, or the name of one "
         "of TRL's) choose the processes, which share the rows.",
     )
@@ -182,17 +192,33 @@ class ScoreRun:
         }
         if script_args.overwrite:
             remove_scores(args.output_dir)
+            if is_main_process():
+                (Path(args.output_dir) / _WEIGHTED).unlink(missing_ok=True)
         self.file = ScoreFile(args.output_dir, self.settings)
         self.training = [] if self.adapter is not None else self._training_command(argv)
 
     def _training_command(self, argv: list[str]) -> list[str]:
-        """Trains with the recipe that was scored, if one was."""
+        """Trains with the recipe that was scored, if one was; with the weights, if they are written."""
         if "--config" not in argv[:-1]:
             return []
         config = argv[argv.index("--config") + 1]
         recipe, command = read_yaml(config) or {}, ["trl-perce", "train", "--config", config]
-        for given, name in ((self.model_args, "model_name_or_path"), (self.script_args, "dataset_name")):
-            if (value := getattr(given, name)) != recipe.get(name):
+        wanted = {
+            "model_name_or_path": self.model_args.model_name_or_path,
+            "dataset_name": self.script_args.dataset_name,
+        }
+        if self.script_args.token_weights:
+            if "datasets" in recipe:  # which would go before `dataset_name`
+                return []
+            folder = (Path(self.args.output_dir) / _WEIGHTED).parent
+            wanted |= {"dataset_name": f"./{folder}" if not folder.is_absolute() else str(folder)}
+            wanted |= {"token_weighting": "given", "output_dir": f"{recipe.get('output_dir', 'outputs')}-given"}
+            if self.script_args.dataset_train_split != "train":
+                wanted["dataset_train_split"] = "train"
+            if recipe.get("eval_strategy", "no") not in ("no", False):  # there is no other split
+                wanted["eval_strategy"] = "no"
+        for name, value in wanted.items():
+            if value != recipe.get(name):
                 command += [f"--{name}", value]
         return command
 
@@ -224,6 +250,7 @@ class ScoreRun:
         from trl_perce.scoring.heatmap.png import write_png
         from trl_perce.scoring.heatmap.terminal import print_heatmap
         from trl_perce.scoring.report import make_report, write_report
+        from trl_perce.scoring.weighted_rows import write_weighted_rows
 
         folder, rows = Path(self.args.output_dir), self.script_args.png_rows
         precision = describe_precision(self.args, (self.args.model_init_kwargs or {}).get("dtype"))
@@ -238,6 +265,10 @@ class ScoreRun:
         console.print(f"Worth PerCE? {verdict['answer']}. {verdict['text']}", markup=False)
         names = ("scores.jsonl", "heatmap.html", "heatmap.png", "report.md", "report.json")
         say(f"Written to {folder}: {', '.join(names)}")
+        if self.script_args.token_weights:
+            written, left_out = write_weighted_rows(self.file, self.prepared, folder / _WEIGHTED)
+            reasons = "".join(f"; {count} left out ({reason})" for reason, count in left_out.items())
+            say(f"{folder / _WEIGHTED}: {written} rows with their weights{reasons}")
         if verdict["answer"] == "yes" and self.training:
             print(f"Next: {to_copy(self.training)}")
 

@@ -38,7 +38,7 @@ _EVALUATED = {
     "pir/mean": "mean PIR on held-out responses (nats)",
     "pir/personal_fraction": "share of held-out tokens with PIR > 1",
 }
-_METHODS = {"perce": "PerCE", "loss": "LossCE", "entropy": "EntCE", "uniform": "CE"}
+_METHODS = {"perce": "PerCE", "loss": "LossCE", "entropy": "EntCE", "given": "weighted CE", "uniform": "CE"}
 # With fewer different prompts, what they share could be a prompt itself
 _MIN_PROMPTS = 5
 

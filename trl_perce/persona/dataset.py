@@ -38,7 +38,8 @@ from .masks import TokenBytes, mask_tokens, text_and_offsets, trim_persona
 from .parts import join_parts, takes_parts
 from .rows import suggest_columns
 from .thoughts import MARKERS, thought_end, writes_thoughts
-from .turns import Turns, assistant_spans, is_messages
+from .turns import Turns, assistant_spans, is_messages, message_spans
+from .weights import check_token_weights, message_weights
 
 
 logger = get_logger(__name__)
@@ -104,6 +105,7 @@ def mark_dataset(dataset, name: str, args, formatting_func=None):
             "end_marker": args.persona_end_marker,
             "assistant_only": args.assistant_only_loss is not False,
             "template_kwargs": args.chat_template_kwargs,
+            "whole": _trained_whole(args),
         },
         features=_marked_features(dataset, args, formatting_func) if isinstance(dataset, Dataset) else None,
         # `maybe_convert_to_chatml` renames it
@@ -154,19 +156,9 @@ def count_personas(dataset, name: str, args, required: bool) -> int:
     Raises:
         `PersonaError`: No row has a persona, and `required`.
     """
-    examples: Iterable[dict[str, Any]]
     streaming = isinstance(dataset, IterableDataset)
-    if streaming:
-        examples = list(islice(dataset, _SAMPLE))
-        rows = len(examples)
-    else:  # read no more than what tells, in batches, which is much faster
-        columns = [column for column in (SPANS_COLUMN, "persona_mask") if column in dataset.column_names]
-        batches = dataset.select_columns(columns).iter(_BATCH) if columns else ()
-        examples = (
-            dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True)
-        )
-        rows = len(dataset)
-    flags = [has_persona(example) for example in examples]
+    flags = [has_persona(example) for example in _sample(dataset, (SPANS_COLUMN, "persona_mask"))]
+    rows = len(flags) if streaming else len(dataset)
     found = sum(flags)
     others = islice(dataset, rows) if streaming else dataset.select(np.flatnonzero(~np.array(flags, dtype=bool)))
     if args.token_weighting == "perce" and found == 0:
@@ -184,6 +176,93 @@ def count_personas(dataset, name: str, args, required: bool) -> int:
             f"{_near_markers(others, args)}"
         )
     return found
+
+
+def count_weights(dataset, name: str, args, required: bool) -> None:
+    """
+    Check the weights that come with the rows, and log how many rows have none, or whose are not used.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): From [`mark_dataset`]; of a streaming dataset the first 100
+            rows are looked at.
+        name (`str`): What to call it in messages.
+        args ([`PerCEConfig`]): Gives the weighting.
+        required (`bool`): Whether with `token_weighting="given"` a row must have weights; otherwise none is worth a warning.
+
+    Raises:
+        `PersonaError`: With `token_weighting="given"`: weights do not fit (the message names the row), no row has any and `required`, or
+            all are 0.
+    """
+    columns = _first_row(dataset, name).keys()
+    if "token_weights" in columns and "input_ids" not in columns:
+        raise PersonaError(
+            f"{name} dataset: the column 'token_weights' goes with tokenized rows, and there is no column 'input_ids'. Give the "
+            "assistant's messages a 'weight' instead, or remove the column."
+        )
+    given, whole = args.token_weighting == "given", _trained_whole(args)
+    found = rows = weightless = 0
+    wanted = _weighed_columns(dataset) if "input_ids" not in columns else ("input_ids", "labels", "token_weights")
+    if "input_ids" in columns and "token_weights" not in columns:
+        wanted = ()
+    for rows, example in enumerate(_sample(dataset, wanted), start=1):
+        weights = example.get("token_weights")
+        if "input_ids" not in columns:
+            weights = [weight for _, weight in message_weights(example, whole)]
+            if not given and {*weights} <= {0, 1}:  # 0 holds with every weighting: the message is not trained
+                weights = None
+        elif given and weights is not None:
+            with _naming_row(name, rows - 1):
+                check_token_weights(weights, len(example["input_ids"]))
+            labels = example.get("labels") or example["input_ids"]
+            weights = [weight for weight, label in zip(weights, labels, strict=True) if label != -100]
+        found += bool(weights)
+        weightless += bool(weights) and not any(weights or ())
+    rows = rows if isinstance(dataset, IterableDataset) else len(dataset)
+    of_rows = f"of {'the first ' if isinstance(dataset, IterableDataset) else ''}{rows} rows"
+    if not given:
+        if found:
+            logger.warning(
+                f"{name} dataset: {found} {of_rows} have weights, which `token_weighting='{args.token_weighting}'` does not use. Set "
+                "`token_weighting='given'` to train with them."
+            )
+    elif found == 0 and required:
+        raise PersonaError(
+            f"{name} dataset: none {of_rows} has weights. Add a column 'token_weights' to tokenized rows, with one number for each of "
+            "'input_ids', or a key 'weight' to the assistant's messages. To train plain CE, set `token_weighting='uniform'`."
+        )
+    elif found and found == weightless:
+        raise PersonaError(
+            f"{name} dataset: all weights {of_rows} are 0, so that nothing would be trained. Write others."
+        )
+    elif found < rows:
+        logger.warning(f"{name} dataset: {rows - found} {of_rows} have no weights and count as plain CE (weight 1).")
+    if given and weightless:
+        logger.warning(
+            f"{name} dataset: {weightless} {of_rows} have weights of 0 alone, and nothing is learned from them."
+        )
+
+
+def _weighed_columns(dataset) -> tuple[str, ...]:
+    """The columns of conversations, where a message of them may have a weight."""
+    if not isinstance(dataset, Dataset):
+        return _CONVERSATIONAL
+    columns = [column for column in ("prompt", "completion", "messages") if column in dataset.column_names]
+    kinds = "".join(repr(dataset.features[column]) for column in columns)
+    return (*columns,) if "'weight'" in kinds or "Json" in kinds else ()
+
+
+def _trained_whole(args) -> dict[str, bool]:
+    """Of which kinds of conversations all messages are trained ([`~trl_perce.persona.weights.message_weights`])."""
+    return {"prompt": args.completion_only_loss is False, "messages": args.assistant_only_loss is False}
+
+
+def _sample(dataset, columns: Iterable[str]) -> Iterable[dict[str, Any]]:
+    """Some columns of all rows, in batches, which is much faster; of a streaming dataset its first 100 rows."""
+    if isinstance(dataset, IterableDataset):
+        return islice(dataset, _SAMPLE)
+    there = [column for column in columns if column in dataset.column_names]
+    batches = dataset.select_columns(there).iter(_BATCH) if there else ()
+    return (dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True))
 
 
 def _near_markers(rows: Iterable[dict[str, Any]], args) -> str:
@@ -280,7 +359,8 @@ def describe_rows(dataset, name: str, args):
 def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, turns: Turns, args):
     """
     Turn the spans of tokenized rows into a `persona_mask`, and trim the persona of rows that are too long. Where TRL cannot
-    tell the assistant's turns, take the labels off all other tokens.
+    tell the assistant's turns, take the labels off all other tokens; and off messages with the weight 0. With
+    `token_weighting="given"`, put the weights that come with the rows into `token_weights`.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -288,11 +368,11 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, tur
         name (`str`): What to call it in messages.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer that TRL used.
         turns ([`~trl_perce.persona.turns.Turns`]): How the trained tokens are told, and the template that TRL used.
-        args ([`PerCEConfig`]): Gives `max_length`, `truncate_persona`, `counterfactual` and the text column.
+        args ([`PerCEConfig`]): Gives `max_length`, `truncate_persona`, `counterfactual`, the weighting and the text column.
 
     Returns:
-        `tuple`: The dataset with `persona_mask`, a list of 0 and 1 as long as `input_ids`, and whether every row is known to
-            be as TRL's truncation would leave it. Rows whose question and response alone are over `max_length` are left
+        `tuple`: The dataset with `persona_mask`, a list of 0 and 1 as long as `input_ids`, and where weights are given
+            `token_weights`, as long; and whether every row is known to be as TRL's truncation would leave it. Rows whose question and response alone are over `max_length` are left
             out, counted and logged.
 
     Raises:
@@ -305,6 +385,8 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, tur
         features.pop(SPANS_COLUMN, None)
         features.setdefault("persona_mask", List(Value("int8")))
         features[_TRIMMED_COLUMN] = Value("int32")
+        if args.token_weighting == "given":
+            features.setdefault("token_weights", List(Value("float32")))
         if turns.by == "all":
             features[_OTHERS_COLUMN] = Value("int32")
     dataset = _map(
@@ -328,6 +410,8 @@ def add_persona_mask(dataset, name: str, tokenizer: PreTrainedTokenizerBase, tur
             else "empty"
             if writes_thoughts(turns.chat_template or tokenizer.chat_template)
             else "none",
+            "given": args.token_weighting == "given",
+            "whole": _trained_whole(args),
         },
         remove_columns=[SPANS_COLUMN] if SPANS_COLUMN in get_dataset_column_names(dataset) else None,
         features=features,
@@ -381,22 +465,23 @@ def tokenize_with_mask(prepare, dataset, name: str, processing_class, tokenizer,
 
 def pack_dataset_with_mask(dataset, name: str, args):
     """
-    Pack rows as TRL does, with their `persona_mask`.
+    Pack rows as TRL does, with their `persona_mask`, and where weights come with the rows with `token_weights`.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             From [`add_persona_mask`], then truncated (and shuffled, if `args.shuffle_dataset`) by TRL.
         name (`str`): What to call it in messages.
-        args ([`PerCEConfig`]): Gives `max_length` and the packing strategy.
+        args ([`PerCEConfig`]): Gives `max_length`, the packing strategy and the weighting.
 
     Returns:
-        The dataset with the columns of [`~trl.pack_dataset`] and `persona_mask`.
+        The dataset with the columns of [`~trl.pack_dataset`], `persona_mask` and `token_weights`.
     """
+    columns = ["input_ids", "labels", "persona_mask", *(["token_weights"] if args.token_weighting == "given" else [])]
     kwargs = {}
     if isinstance(dataset, Dataset):  # `IterableDataset.map` supports neither
         kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Packing {name} dataset"}
     with global_then_local_main_first():
-        dataset = dataset.select_columns(["input_ids", "labels", "persona_mask"])
+        dataset = dataset.select_columns(columns)
         dataset = pack_dataset(dataset, args.max_length, args.packing_strategy, kwargs)
     # Packing goes by length: as TRL, shuffle what comes out too
     return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
@@ -504,6 +589,7 @@ def _mark_row(
     end_marker,
     assistant_only,
     template_kwargs,
+    whole,
 ):
     for column in {"prompt", "completion", "messages", "conversations"} & {*example}:
         # Marks are taken out in place, and a stream may hand out the same messages again
@@ -519,6 +605,7 @@ def _mark_row(
                     "no message of the conversation is the assistant's, so that nothing of it would be trained. Remove the row, "
                     "or set `assistant_only_loss: false` to train every token."
                 )
+        message_weights(example, whole)
     # The row itself: what was not read of it passes on as it is
     example[SPANS_COLUMN] = json.dumps(spans)
     return example
@@ -552,6 +639,8 @@ def _mask_row(
     keep_end,
     drop_turn,
     untrained_thoughts,
+    given,
+    whole,
 ) -> dict[str, Any]:
     ids, labels = example["input_ids"], example["labels"]
     spans, text = _spans(example), None
@@ -579,25 +668,37 @@ def _mask_row(
                 if turns == "prefix":
                     raise
                 row[_OTHERS_COLUMN] = -1  # they are only counted
+        weights = example.get("token_weights")
+        if given and weights is not None:
+            check_token_weights(weights, len(ids))
+        by_message = message_weights(example, whole) if SPANS_COLUMN in example else []  # else it came tokenized
+        if any(weight != 1 if given else weight == 0 for _, weight in by_message):
+            text = text or render(example, [], tokenizer, chat_template, text_field)[0]
+            weights = [1.0] * len(ids)
+            spans_of = message_spans(example, [index for index, _ in by_message], text, tokenizer, chat_template)
+            for span, (_, weight) in zip(spans_of, by_message, strict=True):
+                own = _tokens_in([span], text, ids, tokenizer, token_bytes, True)
+                weights = [weight if is_own else other for other, is_own in zip(weights, own, strict=True)]
+            row["labels"] = labels = [label if weight else -100 for label, weight in zip(labels, weights, strict=True)]
 
     if SPANS_COLUMN in example and turns != "all" and untrained_thoughts != "none" and is_conversational(example):
         row["labels"] = labels = _without_thoughts(example, ids, labels, token_bytes, untrained_thoughts == "empty")
 
+    if given:
+        row["token_weights"] = weights or [1.0] * len(ids)
     trimmed = 0
     if max_length is not None and len(ids) > max_length:
+        ours: dict[str, list] = {key: row[key] for key in ("persona_mask", "token_weights") if key in row}
         if not truncate_persona or not any(mask):
             # TRL truncates `input_ids` and `labels` next, in the same way
-            return {
-                **row,
-                "persona_mask": leaving[-max_length:] if keep_end else leaving[:max_length],
-                _TRIMMED_COLUMN: _CUT,
-            }
+            part = slice(-max_length, None) if keep_end else slice(max_length)
+            return {**row, **{key: column[part] for key, column in ours.items()}, _TRIMMED_COLUMN: _CUT}
         keep = trim_persona(mask, max_length)
         if len(keep) > max_length:
             return {**row, _TRIMMED_COLUMN: _LEFT_OUT}
         if not any(mask[position] for position in keep):
-            leaving = mask
-        columns = {"input_ids": ids, "labels": labels, "persona_mask": leaving}
+            ours["persona_mask"] = mask
+        columns = {"input_ids": ids, "labels": labels, **ours}
         row |= {key: [column[position] for position in keep] for key, column in columns.items()}
         trimmed = len(ids) - len(keep)
     is_labelled = any(label != -100 for label in row.get("labels", labels))

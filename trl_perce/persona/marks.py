@@ -37,7 +37,7 @@ ROLES = {
 
 class PersonaError(ValueError):
     """
-    The persona, or who speaks, cannot be told from a row's text; the message names the row, the reason and what to write instead.
+    The persona, who speaks, or a weight cannot be told from a row; the message names the row, the reason and what to write instead.
     """
 
 

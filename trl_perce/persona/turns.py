@@ -4,6 +4,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -123,18 +124,73 @@ def assistant_spans(
                 "the conversation begins with the assistant, where this chat template does not tell the header from the "
                 "response. Remove the turn, or write a system or user message before it."
             )
-        borders = []
-        for count, prompt in ((index, True), (index + 1, False)):
-            part = render_messages(example, messages[:count], tokenizer, chat_template, add_generation_prompt=prompt)
-            if not text.startswith(part):
-                raise PersonaError(
-                    f"the assistant's turn (message {index}) cannot be told apart from the rest: the chat template renders the "
-                    f"first {count} messages{' with the generation prompt' if prompt else ''} otherwise than within the whole "
-                    "conversation. Use a chat template with {% generation %} marks (`chat_template_path`), or write each "
-                    "reply as a row with 'prompt' and 'completion'. `assistant_only_loss: false` trains every token."
-                )
-            borders.append(len(part))
+        borders = [
+            _border(
+                example,
+                messages[:count],
+                text,
+                tokenizer,
+                chat_template,
+                f"the assistant's turn (message {index})",
+                "Use a chat template with {% generation %} marks (`chat_template_path`), or write each reply as a row with 'prompt' and "
+                "'completion'. `assistant_only_loss: false` trains every token.",
+                add_generation_prompt=prompt,
+            )
+            for count, prompt in ((index, True), (index + 1, False))
+        ]
         start, end = borders
         if start < end:
             spans.append((start, end))
     return spans
+
+
+def message_spans(
+    example: dict[str, Any],
+    trained: Sequence[int],
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None = None,
+) -> list[tuple[int, int]]:
+    """
+    The parts of a conversation's text in which the trained tokens of single messages are: each begins where the messages before
+    it end, and reaches to the next message that is trained.
+
+    Args:
+        example (`dict[str, Any]`): A row with `messages`, or `prompt` and `completion`.
+        trained (`Sequence[int]`): Indices of the messages that are trained, in order, over prompt and completion.
+        text (`str`): Its text, from [`~trl_perce.persona.marks.render`].
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer with the chat template.
+        chat_template (`str`, *optional*): Template to use instead of the tokenizer's.
+
+    Returns:
+        `list[tuple[int, int]]`: Half-open character spans, one for each of `trained`. They lie side by side and cover the text.
+
+    Raises:
+        `PersonaError`: The template renders a part of the conversation otherwise than within the whole.
+    """
+    messages = [message for column in ("prompt", "completion", "messages") for message in example.get(column) or ()]
+    borders = [
+        _border(
+            example,
+            messages[:index],
+            text,
+            tokenizer,
+            chat_template,
+            f"the 'weight' of message {index}",
+            "Leave out the weights of this conversation, or write each reply as a row with 'prompt' and 'completion'.",
+            add_generation_prompt=False,
+        )
+        for index in trained[1:]
+    ]
+    return [*zip([0, *borders], [*borders, len(text)], strict=True)]
+
+
+def _border(example, messages, text, tokenizer, chat_template, what: str, remedy: str, add_generation_prompt) -> int:
+    """Where the first messages of a conversation end in its text."""
+    part = render_messages(example, messages, tokenizer, chat_template, add_generation_prompt=add_generation_prompt)
+    if not text.startswith(part):
+        raise PersonaError(
+            f"{what} cannot be told apart from the rest: the chat template renders the first {len(messages)} messages"
+            f"{' with the generation prompt' if add_generation_prompt else ''} otherwise than within the whole conversation. {remedy}"
+        )
+    return len(part)

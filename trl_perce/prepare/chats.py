@@ -33,11 +33,13 @@ class Message:
         role (`str`): `"system"`, `"user"` or `"assistant"`; `"tool"` for what is no text of any of them.
         text (`str`): What is said.
         time (`float`, *optional*): When.
+        is_trained (`bool`, *optional*, defaults to `True`): Whether it may be a response: not with `"weight": 0` (OpenAI's format).
     """
 
     role: str
     text: str
     time: float | None = None
+    is_trained: bool = True
 
 
 class _Written(NamedTuple):
@@ -69,6 +71,7 @@ class Conversation:
         last = self.messages[-1] if self.messages else None
         if last is not None and last.role == message.role and last.text and message.text:
             last.text, last.time = f"{last.text}\n\n{message.text}", message.time
+            last.is_trained = last.is_trained and message.is_trained
         else:
             self.messages.append(message)
 
@@ -148,7 +151,7 @@ def _message(message: Any, where: str, columns: Columns, time: float | None) -> 
         time = columns.time(Record(where, {"time": own_time}), "time")
     if not isinstance(content, str) or message.get("tool_calls"):
         return Message("tool", "", time)
-    return Message(role, columns.secrets.clean(content.strip()), time)
+    return Message(role, columns.secrets.clean(content.strip()), time, message.get("weight") != 0)
 
 
 def _role(value: Any, where: str) -> str:
@@ -266,6 +269,9 @@ def _rows_of(
         skips.add("not the last reply of its conversation (`replies`)", len(indices) - 1)
         indices = indices[-1:]
     for index in indices:
+        if not said[index].is_trained:
+            skips.add("a reply with the weight 0, which is not to be trained")
+            continue
         before = said[max(0, index - args.turns) : index]
         while before and before[0].role == "assistant":
             before = before[1:]

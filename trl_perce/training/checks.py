@@ -19,7 +19,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..config import PerCEConfig
 from ..utils.logger import get_logger
-from .collator import DataCollatorForPerCE
+from .collator import DataCollatorForPerCE, DataCollatorForTokenWeights
 
 
 logger = get_logger(__name__)
@@ -59,14 +59,13 @@ def check_arguments(args: PerCEConfig, data_collator, kwargs: dict[str, Any]) ->
             f"`packing` and `padding_free` do not go with a `{type(peft_config).__name__}`: PEFT ignores the positions that "
             "keep documents apart. Set both to `False`, or use a LoRA adapter."
         )
-    if (
-        args.token_weighting == "perce"
-        and data_collator is not None
-        and not isinstance(data_collator, DataCollatorForPerCE)
-    ):
+    ours, purpose = {
+        "perce": (DataCollatorForPerCE, "does not build the counterfactual pass"),
+        "given": (DataCollatorForTokenWeights, "does not pass the weights of the rows on"),
+    }.get(args.token_weighting, (object, ""))
+    if data_collator is not None and not isinstance(data_collator, ours):
         raise ValueError(
-            f"`data_collator` is a `{type(data_collator).__name__}`, which does not build the counterfactual pass. Pass a "
-            "`DataCollatorForPerCE` or none."
+            f"`data_collator` is a `{type(data_collator).__name__}`, which {purpose}. Pass a `{ours.__name__}` or none."
         )
 
 
@@ -160,9 +159,10 @@ def is_prepared_by_trl(train_dataset, args: PerCEConfig) -> bool:
             )
         return False
     if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-        if args.token_weighting == "perce" and "persona_mask" not in first:
+        needed = {"perce": "persona_mask", "given": "token_weights"}.get(args.token_weighting)
+        if needed is not None and needed not in first:
             raise ValueError(
-                "`skip_prepare_dataset=True` needs a dataset with the columns 'input_ids', 'labels' and 'persona_mask'; "
+                f"`skip_prepare_dataset=True` needs a dataset with the columns 'input_ids', 'labels' and {needed!r}; "
                 f"it has {', '.join(map(repr, first))}."
             )
         return False

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The batches of both passes: TRL's batch, and beside it the rows without their personas."""
+"""TRL's batches, and beside them the rows without their personas, or the weights that come with the rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -132,4 +132,43 @@ class DataCollatorForPerCE(DataCollatorForLanguageModeling):
         )(rows)
         for attention_mask, row in zip(batch["attention_mask"], rows, strict=True):
             attention_mask[: len(row["attention_mask"])] = torch.from_numpy(row["attention_mask"])
+        return batch
+
+
+@dataclass
+class DataCollatorForTokenWeights(DataCollatorForLanguageModeling):
+    """
+    Data collator for rows that come with the weights of their tokens (`token_weighting="given"`).
+
+    To TRL's batch, padded or with `padding_free=True` flattened to one row, it adds `"token_weights"`: `torch.float32` of the shape of
+    `"input_ids"`, 0 on padding.
+
+    The arguments are those of [`~trl.trainer.sft_trainer.DataCollatorForLanguageModeling`].
+
+    Raises:
+        `ValueError`: A row has no `token_weights`, or not as many as `input_ids`; or they are negative, NaN or infinite.
+
+    Example:
+    ```python
+    >>> collator = DataCollatorForTokenWeights(pad_token_id=0)
+    >>> batch = collator([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "token_weights": [1.0, 0.5, 2.0]}])
+    >>> batch["token_weights"]
+    tensor([[1.0000, 0.5000, 2.0000]])
+    ```
+    """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        weights = [torch.tensor(example.get("token_weights") or (), dtype=torch.float32) for example in examples]
+        for own, example in zip(weights, examples, strict=True):
+            if len(own) != len(example["input_ids"]) or not (torch.isfinite(own) & (own >= 0)).all():
+                raise ValueError(
+                    f"A row's 'token_weights' must be as many finite numbers, not negative, as its {len(example['input_ids'])} "
+                    f"'input_ids', and are {len(own)}: {own.tolist()[:5]}."
+                )
+        if self.padding_free:
+            weights = [torch.cat(weights)]
+        batch["token_weights"] = pad(
+            weights, padding_value=0, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of
+        )
         return batch

@@ -133,8 +133,8 @@ def print_in_lines(trainer: Trainer) -> None:
     if len(printers) != 1 or type(printers[0]) not in kinds:
         return
     of_pir = ("pir/mean", "pir/personal_fraction")
-    absent = {"perce": (), "loss": of_pir, "entropy": of_pir, "uniform": ("nll", *of_pir, "weight/mean")}
-    columns = tuple(name for name in _TITLES if name not in absent[trainer.args.token_weighting])
+    absent = {"perce": (), "uniform": ("nll", *of_pir, "weight/mean")}.get(trainer.args.token_weighting, of_pir)
+    columns = tuple(name for name in _TITLES if name not in absent)
     callbacks[callbacks.index(printers[0])] = kinds[type(printers[0])](columns)
 
 
