@@ -308,7 +308,9 @@ def _measured(
 
 def _mean(values: np.ndarray, groups: Sequence[str]) -> tuple[float, list[float] | None]:
     """Mean over seeds and rows, and its 95 % interval: over new users, and with two or more seeds over new seeds, too."""
-    found = mean_over_seeds([*values], groups)["interval"] if len(values) > 1 else bootstrap_interval(values[0], groups)
+    found = (
+        mean_over_seeds([*values], groups)["interval"] if len(values) > 1 else bootstrap_interval(values[0], groups)
+    )
     return float(values.mean()), None if found is None else list(found)
 
 

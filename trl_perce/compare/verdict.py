@@ -115,7 +115,9 @@ def _of_method(arm, by_name, labels, baseline, users, cost) -> tuple[str, list[s
     sentences = [first, *_lost(arm, name, by_name)]
     seconds = [cost[one]["train_seconds"] for one in (arm, baseline)]
     if all(seconds) and sum(seconds[1]) > 0:
-        sentences.append(f"Its training took {sum(seconds[0]) / sum(seconds[1]):.2f} times as long as that with {other}.")
+        sentences.append(
+            f"Its training took {sum(seconds[0]) / sum(seconds[1]):.2f} times as long as that with {other}."
+        )
     return answer, sentences
 
 
