@@ -103,7 +103,10 @@ def find_bad_line(path: str | Path) -> str | None:
 PROMPTS = ("instruction", "question", "query", "input", "user", "problem", "prompt")
 RESPONSES = ("output", "answer", "response", "target", "solution", "chosen", "assistant", "completion")
 # A column of a history → the format of `trl-perce prepare` that reads such files
-HISTORIES = {"history": "rows", "reviews": "reviews", "posts": "posts", "user_2_persona": "chats", "profile": "lamp"}
+HISTORIES = {
+    **{"history": "rows", "reviews": "reviews", "posts": "posts", "user_2_persona": "chats", "profile": "lamp"},
+    "preference": "preferences",
+}
 
 
 def suggest_columns(columns: Iterable[str]) -> str:
