@@ -1,9 +1,11 @@
 import csv
 import io
 import json
+import re
 from email.message import EmailMessage
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from rows import write_lines
+from trl_perce import PerContrast, PerContrastConfig
 from trl_perce.cli.main import main
 from trl_perce.persona.marks import mark_persona
 from trl_perce.prepare.arguments import PrepareArguments
@@ -422,6 +425,14 @@ def test_a_dry_run_shows_rows_and_writes_nothing(tmp_path, capsys, tiny_model):
         shown.count("persona,") == 3
         and shown.count("<|im_end|> </trained>") + shown.count("<|im_end|></trained>") == 3
     )
+    assert prepare(tmp_path, *argv, "--model_name_or_path", tiny_model) == {}
+    out = capsys.readouterr().out
+    (mean,) = re.findall(r"Weights of trained tokens \(PIR, 0.8 … 5\): ([\d.]+) in the mean", out)
+    shown = re.findall(r"^train, row (\S+) of user", out, flags=re.MULTILINE)
+    written = prepare(tmp_path, *[word for word in argv if word != "--dry_run"])
+    examples = [row for row in written["train"] if row["id"] in shown]
+    weights = [row.weights for row in PerContrast(tiny_model, args=PerContrastConfig(max_length=None)).score(examples)]
+    assert float(mean) == pytest.approx(np.concatenate(weights).mean(), abs=0.006) and len(examples) == 3
 
 
 @pytest.mark.parametrize(

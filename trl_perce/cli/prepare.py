@@ -116,7 +116,7 @@ def _preview(preparation, console) -> None:
     """Show rows of the first split. Entries are told by BM25, where the encoder is a model that would have to be loaded."""
     from trl_perce.benchmarks.reading import random_order
     from trl_perce.history.retrieval import Retriever
-    from trl_perce.prepare.preview import message_pieces, print_legend, print_row, token_pieces
+    from trl_perce.prepare.preview import message_pieces, print_legend, print_row, print_weights, token_pieces
 
     args, loaded = preparation.args, preparation.loaded
     split, rows = next(iter(preparation.splits.items()))
@@ -132,6 +132,8 @@ def _preview(preparation, console) -> None:
     for example, (pieces, counts) in zip(examples, shown, strict=True):
         title = f"{split}, row {example['id']} of user {example['user']}"
         print_row(f"{title} ({counts})" if counts else title, pieces, console)
+    if args.model_name_or_path is not None:
+        print_weights(examples, args.model_name_or_path, console)
 
 
 def _print_counts(preparation, rows: dict[str, int], console) -> None:

@@ -132,6 +132,8 @@ class OutputArguments:
         test_size (`float`, *optional*, defaults to `0.1`): Share of the users.
         seed (`int`, *optional*, defaults to `0`): Of the split, of samples and of `retrieval="random"`.
         dry_run (`bool`, *optional*, defaults to `False`): Show three rows and what is left out, and write nothing.
+        tokenizer (`str`, *optional*): Of a dry run: name or folder of the model whose tokens are shown.
+        model_name_or_path (`str`, *optional*): Of a dry run: model that scores the rows that are shown.
     """
 
     output_dir: str = field(default="data", metadata={"help": "Folder of train.jsonl, …, and prepare.json."})
@@ -151,6 +153,10 @@ class OutputArguments:
     )
     tokenizer: str | None = field(
         default=None, metadata={"help": "Of a dry run: name or folder of the model whose tokens are shown."}
+    )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Of a dry run: model that scores the rows, whose PIR and weights are shown. It is loaded."},
     )
 
 

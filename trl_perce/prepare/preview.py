@@ -79,6 +79,35 @@ def token_pieces(examples: list[dict[str, Any]], tokenizer_name: str) -> Iterato
             yield pieces, counts
 
 
+def print_weights(examples: list[dict[str, Any]], model_name: str, console) -> None:
+    """
+    Print the PIR of the tokens that are trained, and their mean weight, by a model that is loaded for it.
+
+    Args:
+        examples (`list[dict[str, Any]]`): As for [`message_pieces`].
+        model_name (`str`): Name or folder of the model.
+        console ([`~rich.console.Console`]): Where to print.
+
+    Raises:
+        `OSError`: There is no such model.
+        `PersonaError`: Its chat template does not take a row.
+    """
+    import numpy as np
+
+    from ..config import PerContrastConfig
+    from ..scoring.heatmap.terminal import print_heatmap
+    from ..scoring.percontrast import PerContrast
+
+    args = PerContrastConfig(max_length=None)
+    scores = [*PerContrast(model_name, args=args).score(examples)]
+    print_heatmap(scores, console, num_rows=len(scores))
+    weights = np.concatenate([row.weights for row in scores])
+    bounds = f"PIR, {args.weight_clip_min:g} … {args.weight_clip_max:g}"
+    console.print(
+        f"Weights of trained tokens ({bounds}): {weights.mean():.2f} in the mean, {weights.max():.2f} at most.\n"
+    )
+
+
 def print_row(title: str, pieces: list[Piece], console) -> None:
     """
     Print a row: with colours in a terminal, with marks where there are none (a pipe, a file, `NO_COLOR`).
