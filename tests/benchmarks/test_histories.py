@@ -176,8 +176,8 @@ def test_the_same_persona_is_the_same_user(folder, caplog):
     ]
     path = folder(chats, test=[chats[0], {"user_2_persona": ["I fly."], "conversation": said}])
     train, validation = (load(split, path, "chats", validation_size=0.6) for split in ("train", "validation"))
-    assert [(row.id, row.user) for row in train] == [("0/1", "0"), ("2/1", "0")]
-    assert [(row.id, row.user) for row in validation] == [("1/1", "1"), ("3/1", "3")]
+    assert [(row.id, row.user) for row in train] == [("0/1", "train/0"), ("2/1", "train/0")]
+    assert [(row.id, row.user) for row in validation] == [("1/1", "train/1"), ("3/1", "train/3")]
     assert len(load("test", path, "chats")) == 2
     assert f"1 of 2 users of {path / 'test.jsonl'} are users of {path / 'train.jsonl'}, too." in caplog.text
     # Without a name nobody can be told to be the same
@@ -191,7 +191,7 @@ def test_preferences(folder):
     row, other, again = load("train", folder([record, record | {"preference": "I like cats."}, record]), "preferences")
     assert row.prompt == ({"role": "user", "content": "About me:\n\n{persona}\n\nWhich pet?"},)
     assert row.history == (HistoryEntry("I dislike cats.", "I dislike cats."),) and row.response == "A dog."
-    assert (row.user, other.user, again.user) == ("0", "1", "0") and again.id == "2"
+    assert (row.user, other.user, again.user) == ("train/0", "train/1", "train/0") and again.id == "2"
 
 
 def test_samples_depend_on_the_seed_alone(folder):

@@ -139,4 +139,4 @@ def test_users_in_both_splits_are_said(tiny_model, tmp_path, capsys):
     ]
     assert main(["compare", *argv, "--dry_run"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "4 of the held-out users, such as 'test 0', have rows in the training data" in printed
+    assert "4 of the held-out users, such as 'test 0', are in the training data" in printed

@@ -83,6 +83,12 @@ def load(
     file = Path(path) / f"{split if validation_size is None else 'train'}.jsonl"
     records = read_records(file)
     users = _users(records, format)
+    users = [
+        user
+        if _USERS[format][1] and _name(record, format) is not None
+        else f"{file.stem}/{user}"  # a number, of this file
+        for record, user in zip(records, users, strict=True)
+    ]
     taken = {*users} if validation_size is None else _side(split, users, validation_size, file)
     if validation_size is None and split != "train":
         _warn_of_shared_users(records, file, format)

@@ -91,10 +91,10 @@ def make_console():
 
 def make_steps(settings):
     """The steps of a grid ([`~trl_perce.reproduce.settings.Settings`]), each done by one of our commands."""
-    from trl_perce.cli import aloe, evaluate, train
+    from trl_perce.cli import aloe, evaluate, score, train
     from trl_perce.reproduce.steps import Command, Steps
 
-    modules = {"train": train, "evaluate": evaluate, "aloe": aloe}
+    modules = {"train": train, "evaluate": evaluate, "score": score, "aloe": aloe}
     return Steps(settings, {name: Command(module.run, module.make_parser()) for name, module in modules.items()})
 
 

@@ -108,12 +108,14 @@ def make_rows(
         notes.append(
             f"{len(kept)} of {len(test)} held-out rows are taken (`test_rows`), of as many users as possible."
         )
-    trained = {user_of(row) for row in train} - {""}
-    if both := ({user_of(row) for row in kept} - {""}) & trained:
-        notes.append(
-            f"{len(both)} of the held-out users, such as {min(both)[:40]!r}, have rows in the training data, too: their figures are "
-            "not those of new users."
-        )
+    for what, of in (("users", user_of), ("personas", lambda row: str(row.get("persona") or ""))):
+        trained = {of(row) for row in train} - {""}
+        if both := ({of(row) for row in kept} - {""}) & trained:
+            notes.append(
+                f"{len(both)} of the held-out {what}, such as {min(both)[:40]!r}, are in the training data, too: their figures are not "
+                "those of new users."
+            )
+            break
     seen = [train[index] for index in choose_rows([user_of(row) for row in train], _SEEN_ROWS)]
     rows = {OWN: {"train": train, "test": kept}, SEEN: {"test": seen}}
     if args.irrelevant_questions:

@@ -178,7 +178,9 @@ class PrepareArguments(OutputArguments, RowArguments, PersonaArguments, SourceAr
             take_choice(self.format, "format", (*LOGS, *BENCHMARKS))
         for name in ("tokenizer", "model_name_or_path"):
             if getattr(self, name) is not None and not self.dry_run:
-                raise ValueError(f"`{name}` is for `dry_run`, and nothing that is written depends on it. Leave it out.")
+                raise ValueError(
+                    f"`{name}` is for `dry_run`, and nothing that is written depends on it. Leave it out."
+                )
         take_choice(self.replies, "replies", ("all", "last"))
         for name in ("turns", "k", "max_history", "opening_words", "rows_per_user", "num_rows", "max_words"):
             value = getattr(self, name)

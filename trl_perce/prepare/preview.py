@@ -99,7 +99,8 @@ def print_weights(examples: list[dict[str, Any]], model_name: str, console) -> N
     from ..scoring.percontrast import PerContrast
 
     args = PerContrastConfig(max_length=None)
-    scores = [*PerContrast(model_name, args=args).score(examples)]
+    scorer = PerContrast(model_name, args=args)
+    scores = [*scorer.iterate(scorer.prepare(examples))]
     print_heatmap(scores, console, num_rows=len(scores))
     weights = np.concatenate([row.weights for row in scores])
     bounds = f"PIR, {args.weight_clip_min:g} … {args.weight_clip_max:g}"

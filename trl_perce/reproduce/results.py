@@ -25,6 +25,8 @@ METHOD_LABELS = {
     "entce": "EntCE",
     "perce": "PerCE",
     "perce_sequence": "PerCE (sequence)",
+    "perce_swap": "PerCE (another's persona)",
+    "perce_frozen": "PerCE (frozen)",
 }
 """Names of the methods, in the order of the tables. Others come behind them under their own name."""
 

@@ -19,6 +19,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "entce": {"token_weighting": "entropy"},
     "perce": {"token_weighting": "perce"},
     "perce_sequence": {"token_weighting": "perce", "weight_normalization": "sequence"},
+    # PIR of the start model, computed once: no E-step. And that against another user's persona
+    "perce_frozen": {"token_weighting": "given"},
+    "perce_swap": {"token_weighting": "given", "counterfactual": "swap"},
 }
 BENCHMARKS = ("histories", "longlamp", "lamp", "prefeval", "general_qa", "aloe")
 # Benchmarks that are only evaluated on
@@ -86,7 +89,9 @@ class Settings:
         models (`dict[str, dict[str, Any]]`): Name → arguments of `trl-perce train` that say which model and adapter, and what else is
             special to it (such as its batch size).
         tasks (`dict[str, Task]`): Name → task.
-        methods (`dict[str, dict[str, Any]]`): Name → fields of [`PerCEConfig`]; in the YAML a list of the known names will do.
+        methods (`dict[str, dict[str, Any]]`): Name → fields of [`PerCEConfig`]; in the YAML a list of the known names will do. Its own
+            `learning_rate` and bounds of the weights take the place of the grid's. With `token_weighting: given` the weights are clipped
+            PIRs of the untrained model, against the `counterfactual` of the method (`swap` among them).
         seeds (`list[int]`): Seeds of training: of the adapter's start values and of the order of rows.
         learning_rates (`list[float]`): Peak learning rates.
         clip_ranges (`list[tuple[float, float]]`): Bounds of the weights. CE has no weights and is trained once.
@@ -124,8 +129,11 @@ class Settings:
         for seed, rate, model, task, clip, method in product(
             self.seeds, self.learning_rates, self.models, trained, self.clip_ranges, self.methods
         ):
-            if self.methods[method].get("token_weighting") == "uniform":
+            own = self.methods[method]
+            if own.get("token_weighting") == "uniform":
                 clip = self.clip_ranges[0]
+            clip = (own.get("weight_clip_min", clip[0]), own.get("weight_clip_max", clip[1]))
+            rate = own.get("learning_rate", rate)
             cell = Cell(model, task, method, rate, clip, seed)
             if cell not in cells:
                 cells.append(cell)

@@ -5,6 +5,7 @@ The steps of a grid. Each is one of our commands, called in this process with a 
 
     data/<task>/                  train.jsonl, validation.jsonl, test.jsonl
     untrained/<model>/<task>/     the model as it comes, evaluated; its scores say which tokens are personal
+    weights/<model>/<task>/       training rows with the weights that the untrained model gives them, for methods that take them
     runs/<model>/<task>/<run>/    an adapter, trained; below it a folder for each task that it is evaluated on
 """
 
@@ -69,13 +70,14 @@ class Steps:
 
     Args:
         settings ([`Settings`]): The grid.
-        commands (`Mapping[str, Command]`): `"train"`, `"evaluate"` and `"aloe"`.
+        commands (`Mapping[str, Command]`): `"train"`, `"evaluate"`, and those of `"score"` and `"aloe"` that the grid needs.
         rows (`Mapping[str, Mapping[str, list]]`, *optional*): Rows of tasks whose benchmark is `"rows"`, by task and split. They are
             written as they are; what tells them from others belongs into the task's `options`.
 
     Attributes:
         data (`dict[str, Step]`): By task.
         untrained (`dict[tuple[str, str], list[Step]]`): By model and task: its evaluation, and its judgement if there is a judge.
+        weights (`dict[Path, Step]`): By folder.
         train (`dict[Cell, Step]`): By run.
         evaluate (`dict[tuple[Cell, str], list[Step]]`): By run and task.
     """
@@ -97,6 +99,11 @@ class Steps:
             for name, task in tasks.items()
             if task.test_rows
         }
+        self.weights = {
+            self._weights_folder(cell): self._weights_step(cell)
+            for cell in cells
+            if settings.methods[cell.method].get("token_weighting") == "given"
+        }
         self.train = {cell: self._train_step(cell) for cell in cells}
         self.evaluate = {
             (cell, name): self._evaluations(cell.model, tasks[name], self._run_folder(cell) / name, cell)
@@ -107,6 +114,7 @@ class Steps:
     def all(self) -> list[Step]:
         """All steps in the order in which they shall run: one run after the other, from training to its last evaluation."""
         steps = [*self.data.values(), *(step for own in self.untrained.values() for step in own)]
+        steps += self.weights.values()
         for cell, train in self.train.items():
             steps += [train, *(step for own in self.evaluations_of(cell).values() for step in own)]
         return steps
@@ -203,29 +211,62 @@ class Steps:
 
     # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _weights_step(self, cell: Cell) -> Step:
+        """Scores the training rows with the untrained model, and writes them with their weights."""
+        folder, data = self._weights_folder(cell), self.data[cell.task]
+        config = self.model_arguments(cell.model) | {
+            "model_name_or_path": self.settings.models[cell.model]["model_name_or_path"],
+            **{"dataset_name": str(self._data_path(self.settings.tasks[cell.task])), "dataset_split": "train"},
+            **{"weight_clip_min": cell.clip[0], "weight_clip_max": cell.clip[1]},
+            "counterfactual": self._counterfactual(cell),
+        }
+
+        def run() -> dict[str, Any]:
+            arguments = ["--output_dir", str(folder), "--token_weights", "true"]
+            run_command(self.commands["score"].run, config, folder / "score", arguments)
+            return {}
+
+        return Step(folder, "weights", {"config": config, "data": data.settings}, run, needs=(data,))
+
     def _train_step(self, cell: Cell) -> Step:
         folder, data = self._run_folder(cell), self.data[cell.task]
         recipe = self._recipe(cell)
-        return Step(
-            folder=folder,
-            kind="train",
-            settings={"recipe": recipe, "data": data.settings},
-            run=lambda: self._train(recipe, folder),
-            needs=(data,),
-        )
+        needs: tuple[Step, ...] = (data,)
+        settings = {"recipe": recipe, "data": data.settings}
+        if (weights := self._weights_of(cell)) is not None:
+            settings["weights"] = weights.settings
+            needs += (weights,)
+        return Step(folder, "train", settings, lambda: self._train(recipe, folder), needs)
+
+    def _weights_folder(self, cell: Cell) -> Path:
+        low, high = cell.clip
+        return self.folder / "weights" / cell.model / cell.task / f"{self._counterfactual(cell)}-clip{low:g}-{high:g}"
+
+    def _counterfactual(self, cell: Cell) -> str:
+        return self.settings.methods[cell.method].get("counterfactual", "drop")
+
+    def _weights_of(self, cell: Cell) -> Step | None:
+        given = self.settings.methods[cell.method].get("token_weighting") == "given"
+        return self.weights[self._weights_folder(cell)] if given else None
 
     def _recipe(self, cell: Cell) -> dict[str, Any]:
         task = self.settings.tasks[cell.task]
         evaluates = {"eval_strategy": "epoch", "dataset_test_split": "validation"} if task.validation_rows else {}
+        path, weights = self._data_path(task), self._weights_of(cell)
+        if weights is not None:  # rows of training alone have weights
+            evaluates, path = {}, weights.folder / "token_weights"
+        method = dict(self.settings.methods[cell.method])
+        if weights is not None:
+            method.pop("counterfactual", None)  # of the weights, which come with the rows
         return {
             **{"eval_strategy": "no"},
             **evaluates,
             **self.settings.training,
             **self.settings.models[cell.model],
-            **self.settings.methods[cell.method],
+            **method,
             **{"learning_rate": cell.learning_rate, "seed": cell.seed},
             **{"weight_clip_min": cell.clip[0], "weight_clip_max": cell.clip[1]},
-            **{"dataset_name": str(self._data_path(task)), "output_dir": str(self._run_folder(cell))},
+            **{"dataset_name": str(path), "output_dir": str(self._run_folder(cell))},
         }
 
     def _train(self, recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
