@@ -491,6 +491,11 @@ def test_what_others_wrote_is_not_overwritten(tmp_path, capsys):
             ["--persona_column", "notes"],
             "No row is left of 1 records. Left out: 2: the persona",
         ),
+        (
+            [{"user": "a", "messages": [{"role": "user", "content": "x", "weight": 0.5}]}],
+            [],
+            "message 0: the weight of a message is 0.5. Write 0 (not trained) or 1",
+        ),
         ([openai("a", [("boss", "x")])], [], "record 1, column 'messages', message 0: the role is 'boss'"),
         ([{"user": "a", "messages": "x"}], [], "record 1, column 'messages': it is a str and must be a list"),
         ([{"user": "a", "text": "x", "time": "soon"}], [], "record 1, column 'time': 'soon' is no date"),

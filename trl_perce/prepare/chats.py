@@ -151,7 +151,12 @@ def _message(message: Any, where: str, columns: Columns, time: float | None) -> 
         time = columns.time(Record(where, {"time": own_time}), "time")
     if not isinstance(content, str) or message.get("tool_calls"):
         return Message("tool", "", time)
-    return Message(role, columns.secrets.clean(content.strip()), time, message.get("weight") != 0)
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise ValueError(
+            f"{where}: the weight of a message is {weight!r}. Write 0 (not trained) or 1 here, and others into the rows."
+        )
+    return Message(role, columns.secrets.clean(content.strip()), time, weight != 0)
 
 
 def _role(value: Any, where: str) -> str:
