@@ -35,6 +35,9 @@ LENGTHS = (24, 9, 17)
 PERSONA = slice(5, 12)
 # Share of the tokens that is left out of a difference, the largest: where rounding sends a token to another expert, it jumps
 OUTLIERS = 0.1
+# A fault shows in any rows. Rounding is rarely worse than its bound, but in 16 bits a single token behind an attention sink can be off by
+# nats, and what follows with it: then other rows are drawn
+_DRAWS = 3
 
 
 def check_architecture(model, args: PerCEConfig) -> None:
@@ -93,7 +96,7 @@ class ModelCheck:
 
     The rows are made of tokens of the user's data in another order: no token is then a matter of course, so that a fault shows in all of
     them. What is compared is the root mean square of the differences of tokens' log-probabilities, without the largest tenth. It
-    must not exceed what rounding does: `sqrt(10 L) e s`, some ten roundings in each of `L` layers that add up as their root, with
+    must not exceed what rounding does, in at least one of three draws of rows: `sqrt(10 L) e s`, some ten roundings in each of `L` layers that add up as their root, with
     `e` the relative error of one ([`rounding_error`]) and `s` the standard deviation of the logits in nats. At least `50 e` and
     0.001 nats are allowed.
 
@@ -129,7 +132,7 @@ class ModelCheck:
             self._has_virtual_tokens = self.base.active_peft_config.is_prompt_learning
             self.base = self.base.get_base_model()
         self.name = type(self.base).__name__.removeprefix("FSDP")  # which FSDP2 puts before it
-        self.rows = make_rows(tokens)
+        self.tokens, self.rows = tokens, make_rows(tokens)
         self.head: Head | None = None  # that scores, if not TRL's
 
     @torch.no_grad()
@@ -149,6 +152,27 @@ class ModelCheck:
             `ModelCheckError`: The scores are wrong in a way that cannot be mended here. The message says in which, by how much, and what
                 to set.
         """
+        errors: list[ModelCheckError] = []
+        passed: tuple[Head | None, dict[str, str]] | None = None
+        for draw in range(_DRAWS):
+            self.rows, self.head = make_rows(self.tokens, draw), None
+            self._warnings: dict[str, str] = {}
+            error = self._run(flattened, mask)
+            if error is not None:
+                errors.append(error)
+                continue
+            passed = self.head, self._warnings
+            if self.head is None:
+                break
+        if passed is None:
+            raise errors[-1]
+        self.head, warnings = passed
+        for warning in warnings.values():
+            logger.warning(warning)
+        return self.head
+
+    def _run(self, flattened: bool, mask: bool) -> ModelCheckError | None:
+        """Compare one draw of rows, and return what is wrong with it."""
         with self._undisturbed(training=False):
             try:
                 plain = [self._plain(row) for row in self.rows]
@@ -159,7 +183,7 @@ class ModelCheck:
                 ) from error
             nats = self._difference(plain[1], plain[2][: len(plain[1])])
             if nats is not None:
-                raise ModelCheckError(
+                return ModelCheckError(
                     f"{self.name} sees the tokens that it is to predict: what stands behind a token changes its log-probability by "
                     f"{nats:.2g} nats. Only causal models (decoders) can be trained and scored. " + _SKIP
                 )
@@ -168,11 +192,13 @@ class ModelCheck:
             if nats is not None and self._head_is_off(expected):
                 nats, failure = self._compare_layout(flattened, expected)
             if nats is not None:
-                raise ModelCheckError(self._describe_layout(flattened, nats, failure)) from failure
+                wrong = ModelCheckError(self._describe_layout(flattened, nats, failure))
+                wrong.__cause__ = failure
+                return wrong
             # PEFT takes no positions beside virtual tokens, so that there is nothing to compare a mask with
             if mask and not self._has_virtual_tokens:
-                self._check_mask(plain[0])
-        return self.head
+                return self._check_mask(plain[0])
+        return None
 
     @torch.no_grad()
     def noise(self) -> float:
@@ -199,7 +225,7 @@ class ModelCheck:
             return False
         self.head = logits_head
         off = "fails" if math.isinf(nats) else f"is off by {nats:.2g} nats a token"
-        logger.warning(
+        self._warnings["head"] = (
             f"TRL's fused head {off} on {self.name}:\nlog-probabilities are taken from the model's logits instead, with more memory."
         )
         return True
@@ -217,7 +243,7 @@ class ModelCheck:
             "`check_model: false`, which skips this check."
         )
 
-    def _check_mask(self, plain: torch.Tensor) -> None:
+    def _check_mask(self, plain: torch.Tensor) -> ModelCheckError | None:
         """The persona masked in place, against the row without it at the positions that it leaves; and beside it a row without any."""
         ids = np.array(self.rows[0])
         hidden: np.ndarray = np.zeros(len(ids), dtype=int)
@@ -234,20 +260,22 @@ class ModelCheck:
         if error is None:
             nats = self._difference(found[-8:], plain[:8])
             if nats is None and self._has_short_window():
-                logger.warning(f"`mask` is not checked: {self.name} has a window of under {LENGTHS[0]} tokens.")
-                return
+                self._warnings["mask"] = (
+                    f"`mask` is not checked: {self.name} has a window of under {LENGTHS[0]} tokens."
+                )
+                return None
             if nats is None:
                 nats = self._difference(found[:-8], self._without_persona())
                 if nats is None:
-                    return
+                    return None
                 # A bias by distance (ALiBi) does not know positions: then a mask for each pair of tokens, and no trace of what is masked
                 rows[0]["input_ids"] = np.where(hidden, ids[::-1], ids)
                 other = self._scored(rows, collator.counterfactual_batch)
                 is_hidden = self._difference(found, None if isinstance(other, Exception) else other) is None
                 if is_hidden and self._difference(found[:-8], self._hidden_persona()) is None:
-                    return
+                    return None
         off = _off(nats, error)
-        raise ModelCheckError(
+        return ModelCheckError(
             f"{self.name} does not leave a masked persona out of its sight in place{off}. Set `counterfactual: drop`, or try another "
             "`attn_implementation`. " + _SKIP
         )
@@ -355,13 +383,14 @@ def _log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
 
 
-def make_rows(tokens: list[int]) -> list[list[int]]:
+def make_rows(tokens: list[int], draw: int = 0) -> list[list[int]]:
     """
     Three short rows: each begins with the first token, which may be a BOS token, and goes on with the others in random order, the same
     order at each call.
 
     Args:
         tokens (`list[int]`): Token ids of the user's data, at least one. Few are repeated.
+        draw (`int`, *optional*, defaults to `0`): Seed of the order.
 
     Returns:
         `list[list[int]]`: Of 24, 9 and 17 tokens; the second is the beginning of the third.
@@ -369,7 +398,7 @@ def make_rows(tokens: list[int]) -> list[list[int]]:
     others = [*dict.fromkeys(tokens[1:])] or tokens
     need = LENGTHS[0] + LENGTHS[2]
     others = (others * (need // len(others) + 1))[:need]
-    order = torch.randperm(need, generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(need, generator=torch.Generator().manual_seed(draw)).tolist()
     shuffled = [others[index] for index in order]
     first, third = ([tokens[0], *part] for part in (shuffled[: LENGTHS[0] - 1], shuffled[-LENGTHS[2] + 1 :]))
     return [first, third[: LENGTHS[1]], third]
