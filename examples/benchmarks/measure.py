@@ -2,7 +2,6 @@
 
 """Step times and peak memory of TRL's SFT and of PerCE, on one model that both train in turn."""
 
-import ctypes
 import datetime
 import gc
 import importlib.metadata
@@ -29,6 +28,7 @@ from trl import SFTConfig, SFTTrainer
 
 from flops import Row
 from trl_perce import PerCEConfig, PerCETrainer
+from trl_perce.utils.memory import peak_resident, reset_peak_resident
 
 
 # `trl_perce` is ours: where it is only on the path, it has no metadata
@@ -136,15 +136,14 @@ def reset_peak_memory(device: str) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     else:
-        ctypes.CDLL(None).malloc_trim(0)  # else the heap that the last run grew to would count as this one's
-        Path("/proc/self/clear_refs").write_text("5")
+        reset_peak_resident()
 
 
 def peak_memory(device: str) -> int:
     """Peak since the last reset, in bytes: allocated by PyTorch on a GPU, resident in the process on CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    return peak_resident()
 
 
 def random_rows(run: Run, vocab_size: int, seed: int = 0) -> Dataset:

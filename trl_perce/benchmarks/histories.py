@@ -82,13 +82,7 @@ def load(
         validation_size = None
     file = Path(path) / f"{split if validation_size is None else 'train'}.jsonl"
     records = read_records(file)
-    users = _users(records, format)
-    users = [
-        user
-        if _USERS[format][1] and _name(record, format) is not None
-        else f"{file.stem}/{user}"  # a number, of this file
-        for record, user in zip(records, users, strict=True)
-    ]
+    users = tell_users(records, format, f"{file.stem}/")
     taken = {*users} if validation_size is None else _side(split, users, validation_size, file)
     if validation_size is None and split != "train":
         _warn_of_shared_users(records, file, format)
@@ -143,7 +137,7 @@ def make_rows(
     """
     rows: list[HistoryRow] = []
     rng = Random(seed)
-    for number, (record, user) in enumerate(zip(records, users or _users(records, format), strict=True)):
+    for number, (record, user) in enumerate(zip(records, users or tell_users(records, format), strict=True)):
         if user is None:
             continue
         try:
@@ -180,15 +174,23 @@ def _check_split(split: str, folder: Path, format: str, validation_size: float |
     raise FileNotFoundError(f"There is no file {needed}. The folder must hold `train.jsonl` and `test.jsonl`.{hint}")
 
 
-def _users(records: list[dict[str, Any]], format: str) -> list[str]:
-    """The user of each record."""
+def tell_users(records: list[dict[str, Any]], format: str, prefix: str = "") -> list[str]:
+    """
+    The user of each record.
+
+    Args:
+        records (`list[dict[str, Any]]`): The records.
+        format (`str`): What they are.
+        prefix (`str`, *optional*, defaults to `""`): Of users without a name, who are numbers: tells those of two files apart.
+    """
     is_name = _USERS[format][1]
     firsts: dict[str, str] = {}
     users = []
     for number, record in enumerate(records):
         name = _name(record, format)
         # A persona is too long for a name: the number of the first record with it
-        users.append(str(number) if name is None else name if is_name else firsts.setdefault(name, str(number)))
+        numbered = f"{prefix}{number}"
+        users.append(numbered if name is None else name if is_name else firsts.setdefault(name, numbered))
     return users
 
 

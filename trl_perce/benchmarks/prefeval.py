@@ -12,12 +12,11 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..history.entries import HistoryRow
-from .histories import make_rows
+from .histories import make_rows, tell_users
 from .reading import Skips, random_order, read_records, sample, take, take_choice
 
 
@@ -81,9 +80,8 @@ def load(
     if response_words is not None:
         records = [record | {"response": _cut(record["response"], response_words)} for record in records]
     skips = Skips()
-    rows = make_rows(records, "preferences", lambda number: f"{source}, record {number + 1}", skips)
-    # Told by the preference, as a number among these records
-    rows = [replace(row, user=f"{split}/{row.user}") for row in rows]
+    users = tell_users(records, "preferences", f"{split}/")
+    rows = make_rows(records, "preferences", lambda number: f"{source}, record {number + 1}", skips, users=users)
     skips.log(logger, f"rows of {source}")
     if num_rows is not None and len(rows) < num_rows:
         logger.warning(f"There are {len(rows)} usable rows of {source} and not {num_rows}: all are taken.")

@@ -11,6 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from ..utils.files import read_yaml, write_json
 from ..utils.screen import say
 from .common import (
     check_script_args,
@@ -96,11 +97,9 @@ def _read(own: argparse.Namespace, rest: list[str]):
     from trl_perce.cli import evaluate, score, train
     from trl_perce.compare.settings import CompareArguments, make_rows, make_settings
     from trl_perce.reproduce.steps import Command, Steps
-    from trl_perce.utils.files import read_yaml
 
     args = CompareArguments(**{field.name: getattr(own, field.name) for field in dataclasses.fields(CompareArguments)})
-    given = given_arguments(rest)
-    if "output_dir" not in given:
+    if "output_dir" not in given_arguments(rest):
         raise ValueError("`--output_dir` is missing: the folder of the comparison, not that of the recipe.")
     parsed, launch_args, train_args = parse_with_launch(train.make_parser(), rest)
     script_args, training_args, model_args, dataset_args = parsed
@@ -110,7 +109,8 @@ def _read(own: argparse.Namespace, rest: list[str]):
     rows, notes = make_rows(
         *_splits(splits, script_args), args, (training_args.persona_start_marker, training_args.persona_end_marker)
     )
-    recipe = _given(parsed, _config_of(train_args, read_yaml), given_arguments(train_args))
+    config = read_yaml(train_args[train_args.index("--config") + 1]) if "--config" in train_args else {}
+    recipe = _given(parsed, config, given_arguments(train_args))
     steps = Steps(
         make_settings(
             recipe,
@@ -157,11 +157,6 @@ def _splits(splits, script_args) -> tuple[list[dict[str, Any]], list[dict[str, A
     return train, test
 
 
-def _config_of(argv: list[str], read_yaml) -> dict[str, Any]:
-    """What the recipe says."""
-    return read_yaml(argv[argv.index("--config") + 1]) if "--config" in argv else {}
-
-
 def _given(parsed: tuple[Any, ...], config: dict[str, Any], names: set[str]) -> dict[str, Any]:
     """The arguments of a training that were given, in the file or on the command line, as YAML takes them."""
     fields = {field.name: args for args in parsed for field in dataclasses.fields(args)}
@@ -191,7 +186,6 @@ def _report(steps, args, settings, notes) -> None:
     from trl_perce.compare.findings import make_findings
     from trl_perce.compare.page import write_html
     from trl_perce.compare.text import print_findings, write_markdown
-    from trl_perce.utils.files import write_json
 
     step = answers_step(steps, args.answers)
     if not step.read():

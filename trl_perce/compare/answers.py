@@ -2,19 +2,19 @@
 
 """Answers of all arms to the same prompts, side by side, with the PIR of their words to the untrained model."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.options import with_response
 from ..evaluation.predictions import choose_rows, split_conversation
 from ..reproduce.grid import Step
 from ..reproduce.steps import Steps, run_command
 from ..scoring.heatmap.pieces import pieces_of
 from ..scoring.score_file import read_scores
 from ..scoring.scores import TokenScores
-from ..utils.files import read_lines, write_json_lines
+from ..utils.files import fingerprint, read_lines, write_json_lines
 from .findings import UNTRAINED, first_seed
-from .settings import OWN, user_of
+from .settings import OWN
 
 
 RULE = "one prompt each of as many held-out users, drawn with seed 0 among those that were answered; of several seeds the first"
@@ -34,9 +34,7 @@ def answers_step(steps: Steps, number: int) -> Step:
     folder = steps.folder / "answers"
     (model,) = steps.settings.models
     lines = _chosen(steps, number)
-    digest = hashlib.sha256(
-        repr([line["prediction"] for _, own in lines for line in own.values()]).encode()
-    ).hexdigest()
+    digest = fingerprint([line["prediction"] for _, own in lines for line in own.values()])
     config = steps.model_arguments(model) | {
         "model_name_or_path": steps.settings.models[model]["model_name_or_path"],
         "dataset_name": str(folder / "rows.jsonl"),
@@ -45,7 +43,7 @@ def answers_step(steps: Steps, number: int) -> Step:
     def run() -> dict[str, Any]:
         tests = [*read_lines(steps.folder / "data" / OWN / "test.jsonl")]
         rows = [
-            _with_answer(tests[row], line["prediction"])
+            with_response(split_conversation(tests[row]), line["prediction"])
             for row, own in lines
             for line in own.values()
             if line["prediction"]
@@ -72,14 +70,12 @@ def read_answers(steps: Steps, step: Step, number: int) -> list[dict[str, Any]]:
             and its PIR in nats (`None` where it has none).
     """
     scores = read_scores(step.folder / "scores")
-    tests = [*read_lines(steps.folder / "data" / OWN / "test.jsonl")]
     shown = []
-    for row, own in _chosen(steps, number):
+    for _, own in _chosen(steps, number):
         first = own[UNTRAINED]
         shown.append(
             {
-                **{"row": row, "user": user_of({"user": tests[row].get("user")}) or None},
-                **{name: first[name] for name in ("persona", "query", "reference")},
+                **{name: first[name] for name in ("row", "user", "persona", "query", "reference")},
                 "answers": {
                     arm: {
                         "text": line["prediction"],
@@ -106,15 +102,6 @@ def _chosen(steps: Steps, number: int) -> list[tuple[int, dict[str, dict[str, An
     return [
         (rows[index], {arm: own[rows[index]] for arm, own in lines.items()}) for index in choose_rows(users, number)
     ]
-
-
-def _with_answer(row: dict[str, Any], answer: str) -> dict[str, Any]:
-    """A row whose response is an answer."""
-    kept = split_conversation({key: value for key, value in row.items() if key not in ("options", "answer")})
-    completion = kept["completion"]
-    is_chat = isinstance(completion, list)
-    space = "" if is_chat else completion[: len(completion) - len(completion.lstrip())]
-    return {**kept, "completion": [{"role": "assistant", "content": answer}] if is_chat else space + answer}
 
 
 def _pieces(scores: TokenScores, answer: str) -> list[tuple[str, float | None]]:

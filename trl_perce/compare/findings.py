@@ -212,10 +212,9 @@ def make_findings(
         arms.setdefault(cell.method, []).append(
             {task: parts[0].folder for task, parts in steps.evaluations_of(cell).items()}
         )
-    values = {
-        arm: [{task: _values(folder) for task, folder in seed.items()} for seed in own] for arm, own in arms.items()
-    }
-    users = {task: _users(folder) for task, folder in arms[UNTRAINED][0].items()}
+    read = {arm: [{task: _read(folder) for task, folder in seed.items()} for seed in own] for arm, own in arms.items()}
+    values = {arm: [{task: own for task, (own, _) in seed.items()} for seed in seeds] for arm, seeds in read.items()}
+    users = {task: own for task, (_, own) in read[UNTRAINED][0].items()}
     measures = [found for measure in MEASURES if (found := _measured(measure, values, users)) is not None]
     labels = {arm: METHOD_LABELS.get(arm, arm) for arm in arms}
     with_persona = {
@@ -250,8 +249,11 @@ def make_findings(
     }
 
 
-def _values(folder: Path) -> Values:
-    """The values of an evaluation's rows, NaN where a row has none, and those that only its scores tell."""
+def _read(folder: Path) -> tuple[Values, list[str]]:
+    """
+    The values of an evaluation's rows, NaN where a row has none, with those that only its scores tell; and the user of each row: by name,
+    else by the persona's text, else the row alone.
+    """
     lines = [*read_lines(folder / "metrics.jsonl")]
     names = [name for name in lines[0] if name not in ("row", "id", "user")]
     values = {name: np.array([line[name] for line in lines], dtype=float) for name in names}
@@ -267,14 +269,8 @@ def _values(folder: Path) -> Values:
     values["pir/absolute"] = ratio_values(np.array(gains), np.array(paired))
     values["has_persona"] = np.array(paired) > 0
     values.setdefault("num_tokens", np.full(len(lines), np.nan))
-    return values
-
-
-def _users(folder: Path) -> list[str]:
-    """The user of each row: by name, else by the persona's text, else the row alone."""
-    named = [line["user"] for line in read_lines(folder / "metrics.jsonl")]
-    personas = [row.persona for row in read_scores(folder / "scores")]
-    return [user or persona or f"row {row}" for row, (user, persona) in enumerate(zip(named, personas, strict=True))]
+    users = [line["user"] or row.persona or f"row {row.row}" for line, row in zip(lines, scores, strict=True)]
+    return values, users
 
 
 def _measured(

@@ -8,8 +8,6 @@ The grid of a comparison: a user's recipe and rows, trained with each method and
     irrelevant/   held-out users' personas, with questions to which they do not matter
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from ..benchmarks.reading import Skips
 from ..evaluation.predictions import choose_rows
 from ..persona.marks import PersonaError
 from ..reproduce.settings import METHODS, Settings, Task
+from ..utils.files import fingerprint
 
 
 OWN, SEEN, IRRELEVANT = "own", "seen", "irrelevant"
@@ -173,7 +172,7 @@ def make_settings(
         name: Task(
             name=name,
             benchmark="rows",
-            options={"sha256": {split: _digest(own) for split, own in splits.items()}},
+            options={"sha256": {split: fingerprint(own) for split, own in splits.items()}},
             train_rows=len(splits.get("train", ())),
             test_rows=len(splits["test"]),
             evaluation=evaluations[name],
@@ -200,7 +199,3 @@ def make_settings(
 def model_label(name: str) -> str:
     """The last part of a model's name or folder."""
     return Path(name.rstrip("/")).name
-
-
-def _digest(rows: list) -> str:
-    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -8,7 +8,6 @@ The evaluation of a model on rows: predictions, their overlap with the reference
     judge.jsonl ────────────────────────────┘
 """
 
-import hashlib
 import json
 import logging
 import time
@@ -32,7 +31,7 @@ from ..scoring.preparation import Preparation
 from ..scoring.score_file import ScoreFile, read_scores, remove_scores
 from ..scoring.scores import TokenScores
 from ..training.checks import load_tokenizer
-from ..utils.files import read_lines, write_json, write_json_lines
+from ..utils.files import fingerprint, read_lines, write_json, write_json_lines
 from ..utils.row_file import RowFile, remove_rows
 from .arguments import EvaluationArguments, GenerationArguments
 from .generate import TransformersGenerator, VLLMGenerator, import_vllm
@@ -155,7 +154,7 @@ class Evaluation:
         self.settings = {
             **(names if settings is None else settings),
             "rows": len(self.rows),
-            "fingerprint": _fingerprint(self.rows),
+            "fingerprint": fingerprint(self.rows),
         }
         self._vllm, self.personal_by = None, None
         self._open_files()
@@ -283,7 +282,7 @@ class Evaluation:
         """Overlap and uptake, of the predictions and of those with swapped personas."""
         style = [] if self.options.style_encoder is None else [self.options.style_encoder, self.texts, self.groups]
         said = [prompt.conversation for prompt in self.prompts]
-        self.digest = _fingerprint([self.options.metrics, predictions, swapped, said, *style])
+        self.digest = fingerprint([self.options.metrics, predictions, swapped, said, *style])
         values = self._earlier_values()
         if values is None:
             values = self._metrics_of(predictions)
@@ -467,10 +466,6 @@ def _whole(model):
             "folder as the model."
         )
     return model
-
-
-def _fingerprint(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _plain(value: Any) -> float | None:

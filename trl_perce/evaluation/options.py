@@ -51,21 +51,29 @@ def option_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                 f"row {index}: 'answer' is {answer!r}. Write the index of the right option, 0 to {len(options) - 1}."
             )
         try:
-            rest = split_conversation({name: row[name] for name in row if name not in ("options", "answer")})
+            asked = split_conversation(row)
         except PersonaError as error:
             raise PersonaError(f"row {index}: {error}") from error
-        response = rest["completion"]
-        for option in options:
-            completion: Any = (
-                [{"role": "assistant", "content": option}] if isinstance(response, list) else _like(response, option)
-            )
-            scored.append({**rest, "completion": completion})
+        scored += [with_response(asked, option) for option in options]
     return scored
 
 
-def _like(response: str, option: str) -> str:
-    """The option with the space or line break that responses of the data begin with."""
-    return response[: len(response) - len(response.lstrip())] + option
+def with_response(row: dict[str, Any], text: str) -> dict[str, Any]:
+    """
+    A row with another response, of the kind of its own: with the space or line break that it begins with, or as a message.
+
+    Args:
+        row (`dict[str, Any]`): With `prompt` and `completion` ([`~predictions.split_conversation`]).
+        text (`str`): The response.
+
+    Returns:
+        `dict[str, Any]`: A new row, without `options` and `answer`.
+    """
+    own = row["completion"]
+    completion: Any = [{"role": "assistant", "content": text}]
+    if isinstance(own, str):
+        completion = own[: len(own) - len(own.lstrip())] + text
+    return {name: row[name] for name in row if name not in ("options", "answer")} | {"completion": completion}
 
 
 def option_questions(rows: Sequence[dict[str, Any]]) -> list[int]:

@@ -252,12 +252,10 @@ class Steps:
     def _recipe(self, cell: Cell) -> dict[str, Any]:
         task = self.settings.tasks[cell.task]
         evaluates = {"eval_strategy": "epoch", "dataset_test_split": "validation"} if task.validation_rows else {}
-        path, weights = self._data_path(task), self._weights_of(cell)
-        if weights is not None:  # rows of training alone have weights
+        path, method = self._data_path(task), dict(self.settings.methods[cell.method])
+        if (weights := self._weights_of(cell)) is not None:  # which rows of training alone have
             evaluates, path = {}, weights.folder / "token_weights"
-        method = dict(self.settings.methods[cell.method])
-        if weights is not None:
-            method.pop("counterfactual", None)  # of the weights, which come with the rows
+            method.pop("counterfactual", None)  # of the weights
         return {
             **{"eval_strategy": "no"},
             **evaluates,

@@ -96,9 +96,9 @@ class ModelCheck:
 
     The rows are made of tokens of the user's data in another order: no token is then a matter of course, so that a fault shows in all of
     them. What is compared is the root mean square of the differences of tokens' log-probabilities, without the largest tenth. It
-    must not exceed what rounding does, in at least one of three draws of rows: `sqrt(10 L) e s`, some ten roundings in each of `L` layers that add up as their root, with
-    `e` the relative error of one ([`rounding_error`]) and `s` the standard deviation of the logits in nats. At least `50 e` and
-    0.001 nats are allowed.
+    must not exceed what rounding does, in at least one of three draws of rows: `sqrt(10 L) e s`, some ten roundings in each of `L` layers
+    that add up as their root, with `e` the relative error of one ([`rounding_error`]) and `s` the standard deviation of the logits in
+    nats. At least `50 e` and 0.001 nats are allowed.
 
     Nothing is left behind: no gradient, the modes of all modules and the random state as they were.
 
@@ -153,10 +153,10 @@ class ModelCheck:
                 to set.
         """
         errors: list[ModelCheckError] = []
-        passed: tuple[Head | None, dict[str, str]] | None = None
+        passed: tuple[Head | None, list[str]] | None = None
         for draw in range(_DRAWS):
             self.rows, self.head = make_rows(self.tokens, draw), None
-            self._warnings: dict[str, str] = {}
+            self._warnings: list[str] = []
             error = self._run(flattened, mask)
             if error is not None:
                 errors.append(error)
@@ -167,7 +167,7 @@ class ModelCheck:
         if passed is None:
             raise errors[-1]
         self.head, warnings = passed
-        for warning in warnings.values():
+        for warning in warnings:
             logger.warning(warning)
         return self.head
 
@@ -225,7 +225,7 @@ class ModelCheck:
             return False
         self.head = logits_head
         off = "fails" if math.isinf(nats) else f"is off by {nats:.2g} nats a token"
-        self._warnings["head"] = (
+        self._warnings.append(
             f"TRL's fused head {off} on {self.name}:\nlog-probabilities are taken from the model's logits instead, with more memory."
         )
         return True
@@ -260,9 +260,7 @@ class ModelCheck:
         if error is None:
             nats = self._difference(found[-8:], plain[:8])
             if nats is None and self._has_short_window():
-                self._warnings["mask"] = (
-                    f"`mask` is not checked: {self.name} has a window of under {LENGTHS[0]} tokens."
-                )
+                self._warnings.append(f"`mask` is not checked: {self.name} has a window of under {LENGTHS[0]} tokens.")
                 return None
             if nats is None:
                 nats = self._difference(found[:-8], self._without_persona())

@@ -3,6 +3,7 @@
 """Files that are written whole or not at all, and files that grow by whole lines."""
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -88,6 +89,19 @@ def write_json_lines(path: str | Path, rows: Iterable[Any]) -> None:
         open(part, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
     ):
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def fingerprint(value: Any) -> str:
+    """
+    What tells a value from others.
+
+    Args:
+        value (`Any`): As JSON takes it; what it does not take counts by its text.
+
+    Returns:
+        `str`: 16 hexadecimal digits.
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def find_shipped(path: str) -> str:

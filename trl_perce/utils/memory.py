@@ -2,6 +2,8 @@
 
 """How much memory something took at its peak."""
 
+import ctypes
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,23 +25,27 @@ def peak_memory() -> Iterator[dict[str, Any]]:
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     for gpu in gpus:
         torch.cuda.reset_peak_memory_stats(gpu)
-    can_reset = not gpus and _reset_resident()
+    can_reset = not gpus and reset_peak_resident()
     yield found
     if gpus:
         used = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
         found |= {"bytes": used, "of": "GPU"} if used else {}  # or other processes did the work
     elif can_reset:
-        found |= {"bytes": _peak_resident(), "of": "process"}
+        found |= {"bytes": peak_resident(), "of": "process"}
 
 
-def _reset_resident() -> bool:
+def reset_peak_resident() -> bool:
+    """Measure the resident memory of this process anew, from what is held now. Whether that can be done: on Linux."""
     try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # else the heap that the last run grew to would count as this one's
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
+    except (OSError, AttributeError):  # another system, or another C library than glibc
         return False
     return True
 
 
-def _peak_resident() -> int:
+def peak_resident() -> int:
+    """Peak of the resident memory since [`reset_peak_resident`], in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
