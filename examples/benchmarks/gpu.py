@@ -13,7 +13,8 @@ The sections run in this order, each in a process of its own with a time limit o
 - `where`: where the time of a PerCE step goes (where_time_goes.py);
 - `fits`: the peak memory at 5,000 tokens, and into which card it fits (fits.py);
 - `generation`: how fast `trl-perce evaluate` writes (generation_speed.py);
-- `helps`: CE and PerCE on chats and PrefEval (helps.py), if --model and --data are there.
+- `helps`: PerCE, its variants and CE on chats and PrefEval (helps.py, with the grid recipes/reproduce/local_weights.yaml), if --model and
+  --data are there.
 
 The moment a section ends, is stopped by its limit, or fails, gpu.json and gpu.md are written anew with what it found until then;
 gpu.log holds what it printed. `--only` runs some sections and keeps the others' results of the same folder. `--merge` puts the reports
@@ -98,7 +99,9 @@ def _generation(args):
 
 
 def _helps(args):
-    shape = ["--rows", "2", "--seeds", "0"] if args.rehearse else ["--processes", "4"]
+    shape = ["--processes", "8"]
+    if args.rehearse:
+        shape = ["--rows", "4", "--seeds", "0", "--methods", "ce", "perce_frozen"]
     return [[f"{HERE}/helps.py", "--model", str(args.model), "--data", str(args.data), *shape]]
 
 
@@ -236,9 +239,11 @@ def rehearsal(folder: Path) -> argparse.Namespace:
     question["options"] = ["A car.", "Needles.", "A boat.", "A bicycle."]
     for kind, row in (("persona_chat", chat), ("prefeval", question)):
         for split in ("train", "test"):
+            rows = [row, json.loads(json.dumps(row).replace("I sew.", "I cook.").replace("I ride", "I own"))]
+            rows += [row | {"topic": "education_resources"}] * (split == "train" and kind == "prefeval")
             path = folder / "data" / kind / f"{split}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text((json.dumps(row) + "\n") * 2)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return argparse.Namespace(model=folder / "model", data=folder / "data")
 
 

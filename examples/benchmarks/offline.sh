@@ -20,7 +20,7 @@ cd "$(dirname "$0")/../.."
 pack() {
 	data=${1:-../shared/data}
 	rm -rf .gpu && mkdir -p .gpu/wheels .gpu/site .gpu/data
-	for package in trl datasets bitsandbytes nltk bm25s dill multiprocess defusedxml gguf rouge_score peft; do
+	for package in trl datasets bitsandbytes nltk bm25s dill multiprocess defusedxml gguf rouge_score peft absl-py joblib six; do
 		pin=$(grep -i "^$package==" constraints.txt)
 		python3 -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 			$(printf -- '--platform manylinux_2_%s_x86_64 ' 17 24 27 28) --platform manylinux2014_x86_64 -d .gpu/wheels "$pin" 2>/dev/null ||

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from trl_perce.compare.findings import MEASURES, _measured
+from trl_perce.compare.findings import _measured
+from trl_perce.reproduce.measures import MEASURES
 
 
 def of(name):

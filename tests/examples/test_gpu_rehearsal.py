@@ -40,13 +40,16 @@ def test_rehearsal(tmp_path):
     assert where["drop"]["clock"]["E-step"] > 2 * where["lossce"]["clock"]["E-step"]  # which has a pass in it
     assert results["fits"]["entries"][0]["peak_bytes"] > 2**20
     assert results["generation"]["tokens_per_second"].keys() == {"padded", "continuous"}
-    assert {task: set(found) for task, found in results["helps"]["summary"].items()} == {
-        "chats": {"personal", "other"},
-        "prefeval": {"likeliest", "gains_most"},
+    helps = results["helps"]
+    assert helps["steps"] == [30, 30]
+    tasks = {"chats", "chats_seen", "chats_irrelevant"}
+    tasks |= {task.replace("chats", "preferences") for task in tasks}
+    assert {(own["task"], own["method"]) for own in helps["comparisons"]} == {
+        (task, method) for task in tasks for method in ("untrained", "ce", "perce_frozen")
     }
     report = (tmp_path / "gpu.md").read_text()
     assert all(f"## {section.title}\n" in report for section in SECTIONS.values())
-    assert report.count("\n|---") == len(SECTIONS)  # a table each
+    assert report.count("\n|---") == len(SECTIONS) - 1 + len(tasks)  # a table each
     # What was not measured anew is kept
     assert main(["--merge", str(tmp_path), str(tmp_path), "--output_dir", str(tmp_path / "merged")]) == 0
     assert json.loads((tmp_path / "merged" / "gpu.json").read_text())["sections"] == sections

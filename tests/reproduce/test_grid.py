@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from conftest import ROOT
 from trl_perce.cli import aloe, evaluate, train
 from trl_perce.cli.common import check_known
 from trl_perce.cli.reproduce import make_steps
+from trl_perce.reproduce.compare import _baseline_of
 from trl_perce.reproduce.grid import GridError, Step, run_steps
 from trl_perce.reproduce.settings import Cell, load_settings
 from trl_perce.utils.files import differences
@@ -37,6 +39,7 @@ GRID = {
     "seeds": [0, 1],
     "learning_rates": [1.0e-3],
 }
+CHATS = {"chats": GRID["tasks"]["chats"]}
 
 # A step writes its own process id, waits, and is done
 WORKER = """
@@ -123,6 +126,29 @@ def test_what_a_run_is_evaluated_on(tmp_path):
     assert settings.evaluated_tasks(of_posts) == ["drop"]  # it has no test rows
     settings = load_settings(write(tmp_path, transfer=True))
     assert settings.evaluated_tasks(of_posts) == ["chats", "drop"]
+    tasks = yaml.safe_load((tmp_path / "grid.yaml").read_text())["tasks"] | {
+        "asked": {"benchmark": "irrelevant", "of": "chats"}
+    }
+    settings = load_settings(write(tmp_path, transfer=True, tasks=tasks))
+    assert (
+        settings.evaluated_tasks(of_chats) == ["chats", "drop", "asked"] and settings.tasks["asked"].test_rows == 100
+    )
+    assert settings.evaluated_tasks(of_posts) == ["chats", "drop"]
+
+
+def test_what_a_run_is_compared_with(tmp_path):
+    methods = {"ce": {"token_weighting": "uniform"}, "perce": {}, "faster": {"learning_rate": 2e-3}}
+    settings = load_settings(
+        write(tmp_path, methods=methods, learning_rates=[1.0e-3, 3.0e-3], clip_ranges=[[0.5, 2.0]])
+    )
+    own = [cell for cell in settings.cells() if (cell.model, cell.task) == ("tiny", "chats")]
+    cells = {(cell.method, cell.learning_rate): replace(cell, seed=0) for cell in own}
+    assert [*cells] == [("ce", 1e-3), ("perce", 1e-3), ("faster", 2e-3), ("ce", 3e-3), ("perce", 3e-3)]
+    evaluations = {(cell, "chats"): {0: cell} for cell in cells.values()}
+    baselines = {key: _baseline_of(cell, "chats", evaluations, settings, "ce").get(0) for key, cell in cells.items()}
+    assert baselines["perce", 3e-3] == cells["ce", 3e-3] and baselines["perce", 1e-3] == cells["ce", 1e-3]
+    assert baselines["faster", 2e-3] == cells["ce", 1e-3]
+    assert _baseline_of(cells["perce", 1e-3], "posts", evaluations, settings, "ce") == {}
 
 
 @pytest.mark.parametrize(
@@ -135,6 +161,14 @@ def test_what_a_run_is_evaluated_on(tmp_path):
         ({"seeds": []}, "`seeds` must be a list that is not empty"),
         ({"models": {"tiny": {}}}, "`models`, tiny: `model_name_or_path` is missing"),
         ({"tasks": {"chats": {"path": "data"}}}, "`tasks`, chats: `benchmark` must be one of histories"),
+        ({"tasks": CHATS | {"more": {"benchmark": "seen"}}}, "`tasks`, more: `benchmark: seen` needs `of`"),
+        ({"tasks": CHATS | {"more": {"benchmark": "seen", "of": "chat"}}}, "`of: chat` is no task here with rows"),
+        ({"tasks": {"chats": CHATS["chats"] | {"of": "chats"}}}, "is made of no other task: leave `of` out"),
+        ({"tasks": CHATS | {"more": {"benchmark": "seen", "of": "chats", "path": "x"}}}, "`path` is not for rows"),
+        (
+            {"tasks": CHATS | {"more": {"benchmark": "irrelevant", "of": "chats", "test_rows": 101}}},
+            "there are 100 irrelevant questions; `test_rows` is 101",
+        ),
     ],
 )
 def test_errors_of_the_file(tmp_path, changes, message):

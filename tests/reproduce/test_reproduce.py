@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import nltk
 import pytest
 import yaml
 
@@ -82,6 +83,11 @@ def grid(tiny_model, tmp_path_factory):
         "tasks": {
             "crafts": write_histories(folder / "crafts", ["linen", "needles", "dresses"]) | {"validation_rows": 0},
             "food": write_histories(folder / "food", ["bread", "soup", "rice"]),
+            "food_seen": {"benchmark": "seen", "of": "food", "test_rows": 2, "evaluation": {"prediction_rows": 0}},
+            "food_irrelevant": {
+                **{"benchmark": "irrelevant", "of": "food", "test_rows": 3},
+                "evaluation": {"max_new_tokens": 4, "max_length": 200},
+            },
             "hotpotqa": write_questions(folder / "hotpot.json")
             | {"evaluation": {"max_new_tokens": 4, "max_length": 200}},
         },
@@ -114,8 +120,8 @@ def done(out):
 
 def test_everything_is_trained_and_evaluated(grid):
     _, out = grid
-    # 3 data, 3 untrained evaluations, 4 runs, each with 3 evaluations
-    assert len(done(out)) == 3 + 3 + 4 + 12
+    # 5 data, 5 untrained evaluations, 4 runs, each with 3 evaluations, those of food with 2 more
+    assert len(done(out)) == 5 + 5 + 4 + 12 + 4
     records = read_records(out)
     conditions = {
         (record["method"], record["train_task"], record["task"]) for record in records if record["metric"] == "rougeL"
@@ -228,6 +234,36 @@ def test_comparisons_are_paired_by_row_and_seed(grid):
     assert "trained on food, tested on crafts (4 rows)" in (out / "comparisons.md").read_text()
 
 
+def test_rows_made_of_another_tasks(grid):
+    _, out = grid
+    rows = {
+        name: [json.loads(line) for line in (out / f"data/{name}.jsonl").read_text().splitlines()]
+        for name in ("food/train", "food/test", "food_seen/test", "food_irrelevant/test")
+    }
+    assert len(rows["food_seen/test"]) == 2 and all(row in rows["food/train"] for row in rows["food_seen/test"])
+    personas = {row["persona"] for row in rows["food/test"]}
+    asked = rows["food_irrelevant/test"]
+    assert len(asked) == 3 and {row["persona"] for row in asked} <= personas and all("topic" in row for row in asked)
+    runs = out / "runs/tiny"
+    assert not (runs / "crafts/ce-lr0.001-clip0.8-5-seed0/food_seen").exists()
+    compared = [own for own in json.loads((out / "comparisons.json").read_text()) if own["task"].startswith("food_")]
+    assert {(own["method"], own["train_task"]) for own in compared} == {
+        (method, "food") for method in ("untrained", "ce", "perce")
+    }
+    shares = {own["method"]: own["mean"] for own in compared if own["metric"] == "irrelevant/share"}
+    for method, share in shares.items():
+        folder = out / "untrained/tiny" if method == "untrained" else runs / f"food/{method}-lr0.001-clip0.8-5-seed0"
+        lines = [json.loads(line) for line in (folder / "food_irrelevant/metrics.jsonl").read_text().splitlines()]
+        assert share == pytest.approx(sum((own["uptake/own"] > 0) - (own["uptake/other"] > 0) for own in lines) / 3)
+    (leak,) = (own for own in compared if (own["metric"], own["method"]) == ("leak", "perce"))
+    lines = [
+        json.loads(line)
+        for line in (runs / "food/perce-lr0.001-clip0.8-5-seed0/food_seen/metrics.jsonl").read_text().splitlines()
+    ]
+    assert leak["mean"] == pytest.approx(sum(own["log_likelihood/personal_without"] for own in lines) / 2)
+    assert not any(record["task"].startswith("food_") for record in read_records(out))
+
+
 def _numbers(value):
     if isinstance(value, dict):
         value = [*value.values()]
@@ -244,7 +280,7 @@ def test_what_is_done_stays_done_and_a_grid_grows(grid, capsys):
     assert run() == 0
     assert done(out) == before
     assert run("--dry_run", methods=["ce", "perce"], seeds=[0, 1]) == 0
-    assert "22 of 38 steps are done" in capsys.readouterr().out
+    assert "30 of 50 steps are done" in capsys.readouterr().out
     assert (
         run(
             methods=["perce"],
@@ -281,6 +317,16 @@ def test_errors_come_before_anything_runs(grid, capsys):
         assert exited.value.code == 2
         assert message in capsys.readouterr().err
     assert done(out) == before
+
+
+def test_a_metric_without_its_data_stops_before_anything_runs(grid, tmp_path, monkeypatch, capsys):
+    run, _ = grid
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    changes = {"evaluation": EVALUATION | {"metrics": ["meteor"]}}
+    with pytest.raises(SystemExit) as stopped:
+        run("--output_dir", str(tmp_path / "out"), **changes)
+    assert stopped.value.code == 2 and not (tmp_path / "out" / "data").exists()
+    assert "error: METEOR needs NLTK's data `wordnet`" in capsys.readouterr().err
 
 
 def test_what_would_hit_each_run_alike_stops_before_anything_runs(grid, tmp_path, capsys):

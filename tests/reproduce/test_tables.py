@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 from matplotlib.text import Text
 
+from trl_perce.reproduce.frontier import draw_frontiers, write_frontiers
 from trl_perce.reproduce.layout import make_tables
 from trl_perce.reproduce.number import make_number, rate_text
 from trl_perce.reproduce.plots import draw_plots
@@ -575,3 +576,42 @@ def test_methods_of_the_transfer_share_their_lines():
     }
     assert cells["CE"] == {(0, 0): "–", (1, 0): "–", (0, 1): "20.00", (1, 1): "10.00"}
     assert cells["PerCE"] == {(0, 0): "30.00", (1, 0): "–", (0, 1): "–", (1, 1): "–"}
+
+
+def test_the_frontier_has_each_method_where_it_is(tmp_path):
+    places = {("perce", 1e-3): (-0.05, 0.2), ("ce_faster", 2e-3): (0.01, 0.04), ("ce_longer", 1e-3): (-0.02, 0.03)}
+
+    def compared(task, trained="chats", **changes):
+        return [
+            {
+                **{"model": "org/small", "train_task": trained, "task": task, "method": method, "learning_rate": rate},
+                **{
+                    "clip": [0.8, 5.0],
+                    "metric": metric,
+                    "difference": value,
+                    "interval": [value - 0.01, value + 0.02],
+                },
+                **changes,
+            }
+            for (method, rate), place in places.items()
+            for metric, value in zip(("log_likelihood/other", "log_likelihood/personal"), place, strict=True)
+        ]
+
+    own = compared("chats") + compared("posts") + compared("chats", difference=None, interval=None, method="ce")
+    ((name, figure),) = draw_frontiers(own, ["ce", "ce_faster", "ce_longer"])
+    (panel,) = figure.axes  # the other task is not what was trained on
+    marks = {line.get_label(): line.get_xydata().tolist() for line in panel.lines if line.get_marker() != "None"}
+    assert marks == {
+        "CE": [[0, 0]],
+        "PerCE": [[-0.05, 0.2]],
+        "ce_faster": [[0.01, 0.04]],
+        "ce_longer": [[-0.02, 0.03]],
+    }
+    (dashed,) = (line for line in panel.lines if line.get_linestyle() == "--")
+    assert dashed.get_xydata().tolist() == [[-0.02, 0.03], [0, 0], [0.01, 0.04]]
+    assert [*draw_frontiers(own[:2], [])] == []  # one method alone
+    narrow = compared("chats", clip=[0.8, 3.0])[:2]
+    ((_, figure),) = draw_frontiers(own + narrow, [])
+    labels = {line.get_label() for line in figure.axes[0].lines}
+    assert {"PerCE 1e-3 [0.8, 5]", "PerCE 1e-3 [0.8, 3]"} <= labels
+    assert write_frontiers(own, tmp_path, []) == [tmp_path / name] and imread(tmp_path / name).shape[2] == 4

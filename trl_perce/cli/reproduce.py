@@ -59,10 +59,12 @@ def run(argv: list[str]) -> int:
         if args.dry_run:
             print_plan(steps, console)
             return 0
+        if not args.tables_only:
+            _check_metrics(steps)
         failed = [] if args.tables_only else run_all(steps, console)
         with FileLock(Path(steps.settings.output_dir) / ".tables.lock"):  # processes that share a grid end together
             _write_tables(steps, args.tables, console)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.exit(2, f"trl-perce reproduce: error: {error}\n")
     say_failures(failed, console)
     return 1 if failed else 0
@@ -153,6 +155,21 @@ def _raise(message: str) -> NoReturn:
     raise ValueError(message)
 
 
+def _check_metrics(steps) -> None:
+    """Raise where a metric's package or data are missing, before hours of training lead to the first evaluation."""
+    from trl_perce.evaluation.metrics import text_metrics
+
+    default = steps.commands["evaluate"].parser.get_default("metrics")
+    configs = [
+        parts[0].settings["config"]
+        for own in (steps.untrained, steps.evaluate)
+        for (_, task), parts in own.items()
+        if parts[0].state != "done" and steps.settings.tasks[task].benchmark != "aloe"
+    ]
+    for metrics in {tuple(config.get("metrics", default)) for config in configs}:
+        text_metrics([], [], metrics=metrics)
+
+
 def _check_models(models: dict[str, dict[str, Any]]) -> None:
     """Raise where a model is a folder that is not there."""
     for name, arguments in models.items():
@@ -239,6 +256,7 @@ def _write_tables(steps, numbers: list[int] | None, console) -> None:
     from rich.markdown import Markdown
 
     from trl_perce.reproduce.compare import compare_methods, write_comparisons
+    from trl_perce.reproduce.frontier import write_frontiers
     from trl_perce.reproduce.paper import QUOTES, load_quotes, quoted
     from trl_perce.reproduce.records import make_records
     from trl_perce.reproduce.tables import write_tables
@@ -250,7 +268,10 @@ def _write_tables(steps, numbers: list[int] | None, console) -> None:
     quotes = steps.settings.quotes
     quoting = quoted if quotes is None else partial(quoted, quotes=QUOTES + load_quotes(quotes))
     paths = write_tables(records, dataclasses.asdict(steps.settings), folder, quoting, numbers)
-    paths += write_comparisons(compare_methods(steps), folder)
+    comparisons, methods = compare_methods(steps), steps.settings.methods
+    without_weights = [name for name, fields in methods.items() if fields.get("token_weighting") == "uniform"]
+    plots = write_frontiers(comparisons, folder, without_weights)
+    paths += [*write_comparisons(comparisons, folder, plots), *plots]
     if console.is_terminal:
         console.print(Markdown(paths[0].read_text(encoding="utf-8")))
     console.print(

@@ -8,13 +8,13 @@ from typing import Any
 from ..evaluation.options import with_response
 from ..evaluation.predictions import choose_rows, split_conversation
 from ..reproduce.grid import Step
+from ..reproduce.settings import OWN
 from ..reproduce.steps import Steps, run_command
 from ..scoring.heatmap.pieces import pieces_of
 from ..scoring.score_file import read_scores
 from ..scoring.scores import TokenScores
 from ..utils.files import fingerprint, read_lines, write_json_lines
 from .findings import UNTRAINED, first_seed
-from .settings import OWN
 
 
 RULE = "one prompt each of as many held-out users, drawn with seed 0 among those that were answered; of several seeds the first"

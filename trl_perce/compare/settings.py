@@ -8,23 +8,20 @@ The grid of a comparison: a user's recipe and rows, trained with each method and
     irrelevant/   held-out users' personas, with questions to which they do not matter
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..benchmarks.irrelevant import ask_irrelevant
 from ..benchmarks.reading import Skips
-from ..evaluation.predictions import choose_rows
+from ..evaluation.predictions import choose_rows, user_of
 from ..persona.marks import PersonaError
-from ..reproduce.settings import METHODS, Settings, Task
+from ..reproduce.settings import DERIVED_ROWS, IRRELEVANT, METHODS, OWN, SEEN, Settings, Task
 from ..utils.files import fingerprint
 
 
-OWN, SEEN, IRRELEVANT = "own", "seen", "irrelevant"
 BASELINE = "ce"
-# Training rows whose memory is asked for
-_SEEN_ROWS = 100
 # What a recipe says of one run, and a comparison says itself or does not do
 _NOT_OF_A_GRID = (
     *("output_dir", "learning_rate", "seed", "token_weighting", "weight_clip_min", "weight_clip_max"),
@@ -115,7 +112,7 @@ def make_rows(
                 "those of new users."
             )
             break
-    seen = [train[index] for index in choose_rows([user_of(row) for row in train], _SEEN_ROWS)]
+    seen = [train[index] for index in choose_rows([user_of(row) for row in train], DERIVED_ROWS)]
     rows = {OWN: {"train": train, "test": kept}, SEEN: {"test": seen}}
     if args.irrelevant_questions:
         skips = Skips()
@@ -130,12 +127,6 @@ def make_rows(
                 for reason, count in skips.counts.most_common()
             ]
     return rows, notes
-
-
-def user_of(row: Mapping[str, Any]) -> str:
-    """Whose row it is: by name, else by the persona's text; empty where neither stands in a column."""
-    user = row.get("user")
-    return str(user) if user is not None else str(row.get("persona") or "")
 
 
 def make_settings(
@@ -171,7 +162,8 @@ def make_settings(
     tasks = {
         name: Task(
             name=name,
-            benchmark="rows",
+            benchmark="rows" if name == OWN else name,
+            of=None if name == OWN else OWN,
             options={"sha256": {split: fingerprint(own) for split, own in splits.items()}},
             train_rows=len(splits.get("train", ())),
             test_rows=len(splits["test"]),
@@ -191,7 +183,6 @@ def make_settings(
         clip_ranges=[bounds],
         training={"report_to": "none", **training},
         evaluation=generation,
-        transfer=True,  # all are tested on all three kinds of rows
         launch=launch,
     )
 

@@ -9,11 +9,10 @@ The rules are [`RULES`], which the report shows.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..reproduce.measures import SAME
+
 
 MIN_USERS = 10
-SAME = 0.05
-"""Nats a token within which a likelihood counts as unchanged: 5 % of a token's probability."""
-
 RULES = (
     f"Fewer than {MIN_USERS} held-out users with a persona: too few to say.",
     "More personal: the 95 % interval of the change in log-likelihood of personal tokens, against CE, lies above 0; less, if below 0; "

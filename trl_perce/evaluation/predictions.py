@@ -6,7 +6,7 @@ import copy
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,6 +171,12 @@ def other_rows(users: Sequence[str | None], personas: Sequence[str]) -> list[int
         raise PersonaError(f"`swap_persona` needs rows of several users. {error}") from error
     rows = {persona: row for row, persona in enumerate(personas)}
     return [rows[other] for other in others]
+
+
+def user_of(row: Mapping[str, Any]) -> str:
+    """Whose row it is: by name, else by the persona's text; empty where neither stands in a column."""
+    user = row.get("user")
+    return str(user) if user is not None else str(row.get("persona") or "")
 
 
 def choose_rows(users: Sequence[str], number: int | None, seed: int = 0) -> list[int]:

@@ -3,48 +3,37 @@
 """Methods against CE, row by row and seed by seed: the differences that the tables' separate intervals cannot tell."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..utils.files import read_lines, write_text
+from ..utils.files import write_text
 from ..utils.markdown import table
-from ..utils.statistics import bootstrap_interval, mean_over_seeds
-from .settings import Cell
+from .grid import Step
+from .measures import MEASURES, Values, mean_of, read_values
+from .settings import Cell, Settings
 from .steps import Steps
 
 
-# Names in an evaluation's `metrics.jsonl` → headings
-METRICS = {
-    "rougeL": "ROUGE-L",
-    "meteor": "METEOR",
-    "log_likelihood/personal": "log P personal",
-    "log_likelihood/other": "log P other",
-    "log_likelihood/personal_swapped": "log P personal, another persona",
-    "pir/personal": "PIR personal",
-    "pir/other": "PIR other",
-    "log_likelihood/personal_without": "log P personal, no persona",
-    "options/likelihood": "right option likeliest",
-    "options/pir": "right option gains most",
-    "options/pir_margin": "gain of the right option over the mean option",
-    "options/without": "its option likeliest, no persona",
-    "options/swapped": "its option likeliest, another persona",
-    "uptake/own": "uptake",
-    "swapped/uptake/other": "uptake of another persona in the prompt",
-    "judge/personalization": "judge, personalization",
-}
+# Values of the rows of an evaluation, and their users
+Evaluation = tuple[Values, list[str]]
 _EXPLANATION = """\
-Mean difference to {baseline} over the same test rows, and its 95 % interval. With two or more seeds the interval is for new seeds and
-new users (crossed random effects: `utils.statistics.mean_over_seeds`); with one seed it is for new users alone, and says nothing of
-other seeds. **Bold**: the interval does not hold 0. One in twenty would be bold by chance."""
+Of the untrained model and of {baseline} means; of other methods the mean difference to {baseline} over the same test rows, and its 95 %
+interval. With two or more seeds the interval is for new seeds and new users (crossed random effects: `utils.statistics.mean_over_seeds`);
+with one seed it is for new users alone, and says nothing of other seeds. **Bold**: the interval does not hold 0. One in twenty would be
+bold by chance."""
+_CAPTION = """\
+Differences of log-likelihood to {baseline} over the same test rows, with 95 % intervals; {baseline} is at 0, 0. Up and right is better. The
+dashed line joins methods without weights, trained at another rate or for longer: what is above it is more than a larger step does."""
 
 
 def compare_methods(steps: Steps, baseline: str = "ce") -> list[dict[str, Any]]:
     """
-    Differences between each method and a baseline that was trained alike: same model, task, learning rate and seeds.
+    Differences between each method and a baseline that was trained alike: same model, task, learning rate and seeds. A method with a
+    learning rate of its own is compared with the baseline at the grid's.
 
     Args:
         steps ([`Steps`]): The grid's.
@@ -52,77 +41,87 @@ def compare_methods(steps: Steps, baseline: str = "ce") -> list[dict[str, Any]]:
 
     Returns:
         `list[dict[str, Any]]`: `"model"`, `"train_task"`, `"task"`, `"method"`, `"learning_rate"`, `"clip"`, `"metric"`, `"seeds"`,
-            `"rows"`, `"mean"` and `"baseline"` (means over rows and seeds), `"difference"` and `"interval"`.
+            `"rows"`, `"mean"` and `"baseline"` (means over rows and seeds), `"difference"` and `"interval"`. Of the untrained model and of
+            the baseline itself the last three are `None`.
     """
-    # (run without its seed, evaluated task) → seed → folder
-    folders: dict[tuple[Cell, str], dict[int, Path]] = {}
-    for (cell, task), evaluations in steps.evaluate.items():
-        last = evaluations[-1]
-        if last.state == "done" and (last.folder / "metrics.jsonl").is_file():
-            folders.setdefault((replace(cell, seed=0), task), {})[cell.seed] = last.folder
-    found = []
-    for (cell, task), own in folders.items():
-        clips = steps.settings.clip_ranges
-        theirs = next(
-            (
-                folders[key]
-                for clip in (cell.clip, *clips)
-                if (key := (replace(cell, method=baseline, clip=clip), task)) in folders
-            ),
-            {},
-        )
-        seeds = sorted(own.keys() & theirs.keys())
-        if cell.method != baseline and seeds:
-            condition: dict[str, Any] = {"model": cell.model, "train_task": cell.task, "task": task}
-            condition |= {"method": cell.method, "learning_rate": cell.learning_rate, "clip": list(cell.clip)}
-            condition |= {"seeds": seeds}
-            found += [
-                condition | compared
-                for compared in _compare([own[seed] for seed in seeds], [theirs[seed] for seed in seeds])
-            ]
-    return found
+    evaluations: dict[
+        tuple[Cell, str], dict[int, Evaluation]
+    ] = {}  # (run without its seed, evaluated task) → seed → its rows
+    for (cell, task), parts in steps.evaluate.items():
+        if (read := _read(parts)) is not None:
+            evaluations.setdefault((replace(cell, seed=0), task), {})[cell.seed] = read
+    untrained = {key: read for key, parts in steps.untrained.items() if (read := _read(parts)) is not None}
+    comparisons: list[dict[str, Any]] = []
+    seen = set()
+    for (cell, task), own in evaluations.items():
+        kind = steps.settings.tasks[task].kind
+        where: dict[str, Any] = {"model": cell.model, "train_task": cell.task, "task": task}
+        if tuple(where.values()) not in seen and (cell.model, task) in untrained:
+            seen.add(tuple(where.values()))
+            condition = where | {"method": "untrained", "learning_rate": None, "clip": None, "seeds": []}
+            comparisons += [condition | found for found in _compare([untrained[cell.model, task]], None, kind)]
+        condition = where | {"method": cell.method, "learning_rate": cell.learning_rate, "clip": [*cell.clip]}
+        if cell.method == baseline:
+            seeds = sorted(own)
+            found = _compare([own[seed] for seed in seeds], None, kind)
+        else:
+            theirs = _baseline_of(cell, task, evaluations, steps.settings, baseline)
+            seeds = sorted(own.keys() & theirs.keys())
+            found = _compare([own[seed] for seed in seeds], [theirs[seed] for seed in seeds], kind) if seeds else []
+        comparisons += [condition | {"seeds": seeds} | compared for compared in found]
+    return comparisons
 
 
-def _compare(own_folders: Sequence[Path], their_folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """The differences of all metrics between evaluations, one of each a seed."""
-    own, theirs = (
-        [[*read_lines(folder / "metrics.jsonl")] for folder in folders] for folders in (own_folders, their_folders)
-    )
-    users = [line["user"] or f"row {line['row']}" for line in own[0]]
+def _read(evaluations: Sequence[Step]) -> Evaluation | None:
+    """The values of an evaluation's rows and their users, if it is done and has such."""
+    last = evaluations[-1]
+    is_there = all((last.folder / name).exists() for name in ("metrics.jsonl", "scores"))
+    return read_values(last.folder) if last.state == "done" and is_there else None
+
+
+def _baseline_of(cell: Cell, task: str, evaluations: Mapping, settings: Settings, baseline: str) -> dict:
+    """The evaluations of the baseline that a run is compared with, by seed."""
+    has_own_rate = "learning_rate" in settings.methods[cell.method]
+    for rate in settings.learning_rates if has_own_rate else (cell.learning_rate,):
+        for clip in (cell.clip, *settings.clip_ranges):
+            key = replace(cell, method=baseline, clip=clip, learning_rate=rate), task
+            if key in evaluations:
+                return evaluations[key]
+    return {}
+
+
+def _compare(own: Sequence[Evaluation], theirs: Sequence[Evaluation] | None, kind: str) -> list[dict[str, Any]]:
+    """The differences of all measures between evaluations, one of each a seed; or their means, if there are none to compare with."""
+    users = own[0][1]
     found = []
-    for metric in METRICS:
-        if not all(metric in lines[0] for lines in (*own, *theirs)):
+    for measure in MEASURES:
+        sides = [[measure.of(values) for values, _ in side] for side in (own, theirs or own)]
+        if measure.kind != kind or any(values is None for side in sides for values in side):
             continue
-        values, base = (
-            np.array([[line[metric] for line in lines] for lines in side], float) for side in (own, theirs)
-        )
+        values, base = (np.array(side, float) for side in sides)
         where = (np.isfinite(values) & np.isfinite(base)).all(0)
         if not where.any():
             continue
-        differences = (values - base)[:, where]
-        groups = [user for user, is_there in zip(users, where, strict=True) if is_there]
-        interval = (
-            mean_over_seeds(differences, groups)["interval"]
-            if len(differences) > 1
-            else bootstrap_interval(differences[0], groups)
-        )
-        found.append(
-            {
-                **{"metric": metric, "rows": int(where.sum()), "mean": float(values[:, where].mean())},
-                **{"baseline": float(base[:, where].mean()), "difference": float(differences.mean())},
-                "interval": None if interval is None else list(interval),
-            }
-        )
+        compared = {"metric": measure.name, "rows": int(where.sum()), "mean": float(values[:, where].mean())}
+        compared |= {"baseline": None, "difference": None, "interval": None}
+        if theirs is not None:
+            groups = [user for user, is_there in zip(users, where, strict=True) if is_there]
+            difference, interval = mean_of((values - base)[:, where], groups)
+            compared |= {"baseline": float(base[:, where].mean()), "difference": difference, "interval": interval}
+        found.append(compared)
     return found
 
 
-def write_comparisons(comparisons: list[dict[str, Any]], folder: str | Path, baseline: str = "ce") -> list[Path]:
+def write_comparisons(
+    comparisons: list[dict[str, Any]], folder: str | Path, plots: Sequence[Path] = (), baseline: str = "ce"
+) -> list[Path]:
     """
     Write `comparisons.md` and `comparisons.json`.
 
     Args:
         comparisons (`list[dict[str, Any]]`): From [`compare_methods`].
         folder (`str` or `Path`): Where to.
+        plots (`Sequence[Path]`, *optional*): Of [`~reproduce.frontier.write_frontiers`], in the same folder, to be shown.
         baseline (`str`, *optional*, defaults to `"ce"`): What was compared with.
 
     Returns:
@@ -132,19 +131,29 @@ def write_comparisons(comparisons: list[dict[str, Any]], folder: str | Path, bas
     parts = [f"# Against {baseline}", _EXPLANATION.format(baseline=baseline)]
     for model, trained, task in dict.fromkeys((own["model"], own["train_task"], own["task"]) for own in comparisons):
         own = [c for c in comparisons if (c["model"], c["train_task"], c["task"]) == (model, trained, task)]
-        metrics = [metric for metric in METRICS if any(c["metric"] == metric for c in own)]
-        runs = list(dict.fromkeys((c["method"], c["learning_rate"], tuple(c["clip"]), tuple(c["seeds"])) for c in own))
-        by_run = {(c["method"], c["learning_rate"], tuple(c["clip"]), tuple(c["seeds"]), c["metric"]): c for c in own}
+        shown = [measure for measure in MEASURES if any(c["metric"] == measure.name for c in own)]
+        by_run: dict[tuple, dict[str, Any]] = {}
+        for c in own:
+            run = c["method"], c["learning_rate"], tuple(c["clip"] or ()), tuple(c["seeds"])
+            by_run.setdefault(run, {})[c["metric"]] = c
         lines = [
-            [method, f"{rate:g}", f"{clip[0]:g} … {clip[1]:g}", len(seeds)]
-            + [_cell(by_run.get((method, rate, clip, seeds, metric))) for metric in metrics]
-            for method, rate, clip, seeds in runs
+            [
+                method,
+                "–" if rate is None else f"{rate:g}",
+                " … ".join(f"{bound:g}" for bound in clip) or "–",
+                len(seeds) or "–",
+            ]
+            + [_cell(found.get(measure.name)) for measure in shown]
+            for (method, rate, clip, seeds), found in by_run.items()
         ]
         rows = max(c["rows"] for c in own)
         parts.append(f"## {model}, trained on {trained}, tested on {task} ({rows} rows)")
         parts.append(
-            table(["method", "learning rate", "clip", "seeds", *(METRICS[metric] for metric in metrics)], lines)
+            table(["method", "learning rate", "clip", "seeds", *(measure.heading for measure in shown)], lines)
         )
+    if plots:
+        parts.append(_CAPTION.format(baseline=baseline))
+    parts += [f"![Personal against other tokens]({plot.name})" for plot in plots]
     paths = [folder / "comparisons.md", folder / "comparisons.json"]
     for path, text in zip(paths, ("\n\n".join(parts), json.dumps(comparisons, indent=1)), strict=True):
         write_text(path, text + "\n")
@@ -154,6 +163,8 @@ def write_comparisons(comparisons: list[dict[str, Any]], folder: str | Path, bas
 def _cell(compared: dict[str, Any] | None) -> str:
     if compared is None:
         return "–"
+    if compared["difference"] is None:
+        return f"{compared['mean']:.3f}"
     text = f"{compared['difference']:+.3f}"
     if compared["interval"] is None:
         return text

@@ -25,12 +25,20 @@ STYLES = {
 }
 # Of lines of the same method
 PATTERNS = ("-", "--", ":", "-.", (0, (8, 3)), (0, (5, 1, 1, 1, 1, 1)))
-_MORE_STYLES = (("#56b4e9", "P"), ("#000000", "*"), ("#8c6d1f", "<"), ("#4b0082", ">"))
+_MORE_STYLES = (
+    *(("#56b4e9", "P"), ("#000000", "*"), ("#8c6d1f", "<"), ("#4b0082", ">")),
+    *(("#7a1f3d", "p"), ("#1b7f79", "h"), ("#5f6f00", "d"), ("#a05195", "X")),
+)
+
+
+def style_of(method: str, methods: Sequence[str]) -> tuple[str, str]:
+    """Colour and mark of a method among those that are drawn."""
+    others = [name for name in methods if name not in STYLES]
+    return STYLES.get(method) or _MORE_STYLES[others.index(method) % len(_MORE_STYLES)]
 
 
 def style(results: Results, method: str) -> tuple[str, str]:
-    others = [name for name in results.methods if name not in STYLES]
-    return STYLES.get(method) or _MORE_STYLES[others.index(method) % len(_MORE_STYLES)]
+    return style_of(method, results.methods)
 
 
 def label(condition: Condition, shown: Sequence[Condition]) -> str:
@@ -53,7 +61,7 @@ def grid(
     return figure, figure.subplots(rows, columns, squeeze=False, height_ratios=heights).tolist()
 
 
-def plain(axes: Axes, lines: Literal["x", "y"]) -> None:
+def plain(axes: Axes, lines: Literal["x", "y", "both"]) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):

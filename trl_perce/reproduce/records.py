@@ -40,12 +40,16 @@ def make_records(steps: Steps) -> list[dict[str, Any]]:
     """
     records = []
     for (model, task), own in steps.untrained.items():
+        if steps.settings.tasks[task].of is not None:  # no task of the paper: `compare.py` has them
+            continue
         condition = {"model": model, "train_task": None, "task": task, "method": "untrained"}
         condition |= {"learning_rate": None, "clip": None, "seed": None}
         records += _evaluated(condition, own)
     for cell, step in steps.train.items():
         records += _trained(_condition(cell), step)
     for (cell, task), own in steps.evaluate.items():
+        if steps.settings.tasks[task].of is not None:
+            continue
         condition = _condition(cell) | {"task": task}
         records += _evaluated(condition, own)
     return records

@@ -23,9 +23,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "perce_frozen": {"token_weighting": "given"},
     "perce_swap": {"token_weighting": "given", "counterfactual": "swap"},
 }
-BENCHMARKS = ("histories", "longlamp", "lamp", "prefeval", "general_qa", "aloe")
+# Kinds of rows: a task's own, and those that are made of them
+OWN, SEEN, IRRELEVANT = "own", "seen", "irrelevant"
+DERIVED = (SEEN, IRRELEVANT)
+DERIVED_ROWS = 100
+BENCHMARKS = ("histories", "longlamp", "lamp", "prefeval", "general_qa", "aloe", *DERIVED)
 # Benchmarks that are only evaluated on
-_UNTRAINED = ("general_qa", "aloe")
+_UNTRAINED = ("general_qa", "aloe", *DERIVED)
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,20 @@ class Task:
 
     Parameters:
         name (`str`): Its key in the YAML.
-        benchmark (`str`): `"histories"`, `"longlamp"`, `"lamp"`, `"prefeval"`, `"rows"` (given as they are), `"general_qa"` or `"aloe"`.
+        benchmark (`str`): `"histories"`, `"longlamp"`, `"lamp"`, `"prefeval"`, `"rows"` (given as they are), `"general_qa"`, `"aloe"`; or
+            one made of another task's rows, on which that task's runs alone are evaluated: `"seen"` (some rows to train on, as they
+            are: what is told without their persona?) or `"irrelevant"` (personas of its test rows, with questions to which they do
+            not matter).
         options (`dict[str, Any]`): What the benchmark's `load` takes beside `split` and `num_rows`; for ALOE, its endpoints.
         train_rows (`int`, *optional*, defaults to `2000`): Rows that are trained on (the paper's number).
         validation_rows (`int`, *optional*, defaults to `0`): Rows for choosing the learning rate. 0: nothing is chosen.
-        test_rows (`int`, *optional*, defaults to `500`): Rows that are evaluated (the paper's number).
+        test_rows (`int`, *optional*, defaults to `500`): Rows that are evaluated (the paper's number). In the YAML 100 where they are
+            made of another task's.
         test_split (`str`, *optional*, defaults to `"test"`): Split that they are taken from. LaMP's outputs are public for
             `"validation"` only.
         retrieval (`dict[str, Any]`): What [`~retrieval.Retriever`] takes.
         evaluation (`dict[str, Any]`): Changes of the grid's `evaluation` for this task.
+        of (`str`, *optional*): The task whose rows those of `"seen"` and `"irrelevant"` are made of.
     """
 
     name: str
@@ -55,6 +64,12 @@ class Task:
     test_split: str = "test"
     retrieval: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
+    of: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """Of its rows: `"own"`, `"seen"` or `"irrelevant"`."""
+        return self.benchmark if self.benchmark in DERIVED else OWN
 
     @property
     def is_trained(self) -> bool:
@@ -144,7 +159,9 @@ class Settings:
         others = [
             name
             for name, task in self.tasks.items()
-            if name != cell.task and task.test_rows and (self.transfer or not task.is_trained)
+            if name != cell.task
+            and task.test_rows
+            and (task.of == cell.task if task.of else self.transfer or not task.is_trained)
         ]
         return ([cell.task] if self.tasks[cell.task].test_rows else []) + others
 
@@ -217,6 +234,8 @@ def _checked(loaded: dict[str, Any]) -> Settings:
     tasks = {name: _task(name, task, loaded.get("data_dir")) for name, task in loaded["tasks"].items()}
     if loaded.get("data_dir") is not None and not any("path" in task.options for task in tasks.values()):
         raise ValueError("`data_dir` is given, and no task has a `path`, to be relative to it.")
+    for task in tasks.values():
+        _check_derived(task, tasks)
     return Settings(
         **loaded
         | {
@@ -234,7 +253,29 @@ def _task(name: str, loaded: dict[str, Any], data_dir: str | None) -> Task:
     options = {key: value for key, value in loaded.items() if key not in own}
     if data_dir is not None and "path" in options:
         options["path"] = str(Path(data_dir, options["path"]))
-    return Task(name=name, options=options, **{key: value for key, value in loaded.items() if key in own})
+    sizes = {"train_rows": 0, "test_rows": DERIVED_ROWS} if loaded["benchmark"] in DERIVED else {}
+    return Task(name=name, options=options, **sizes | {key: value for key, value in loaded.items() if key in own})
+
+
+def _check_derived(task: Task, tasks: dict[str, Task]) -> None:
+    where = f"`tasks`, {task.name}:"
+    if (task.of is not None) != (task.benchmark in DERIVED):
+        says = (
+            "needs `of`: the task whose rows it is made of"
+            if task.of is None
+            else "is made of no other task: leave `of` out"
+        )
+        raise ValueError(f"{where} `benchmark: {task.benchmark}` {says}.")
+    if task.of is None:
+        return
+    source = tasks.get(task.of)
+    if source is None or not source.is_trained or not (source.train_rows and source.test_rows):
+        raise ValueError(f"{where} `of: {task.of}` is no task here with rows to train on and to test.")
+    if task.options or task.retrieval:
+        key = next(iter(task.options or {"retrieval": None}))
+        raise ValueError(f"{where} `{key}` is not for rows that are made of another task's. Leave it out.")
+    if task.benchmark == IRRELEVANT and task.test_rows > DERIVED_ROWS:
+        raise ValueError(f"{where} there are {DERIVED_ROWS} irrelevant questions; `test_rows` is {task.test_rows}.")
 
 
 def _check_keys(loaded: dict[str, Any], cls: type, where: str) -> None:

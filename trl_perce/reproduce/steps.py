@@ -34,7 +34,7 @@ from ..history.retrieval import Retriever
 from ..utils.files import is_disk_error, read_lines, write_json_lines, write_text
 from ..utils.memory import peak_memory
 from .grid import GridError, Step
-from .settings import Cell, Settings, Task
+from .settings import SEEN, Cell, Settings, Task
 
 
 # Arguments of training that an evaluation takes over, beside those that say which model it is
@@ -92,7 +92,12 @@ class Steps:
         self._loaded: dict[tuple[str, str], list] = {}  # rows of local files, by task and split
         self.folder = Path(settings.output_dir)
         tasks, cells = settings.tasks, settings.cells()
-        self.data = {name: self._data_step(task) for name, task in tasks.items() if task.benchmark != "aloe"}
+        self.data: dict[str, Step] = {}
+        for task in sorted(
+            tasks.values(), key=lambda task: task.of is not None
+        ):  # those that others are made of first
+            if task.benchmark != "aloe":
+                self.data[task.name] = self._data_step(task)
         self.untrained = {
             (model, name): self._evaluations(model, task, self.folder / "untrained" / model / name)
             for model in settings.models
@@ -139,7 +144,7 @@ class Steps:
             try:
                 if task.benchmark == "aloe":
                     self._check_aloe(task)
-                elif self.data[name].state != "done" and name not in self._rows:
+                elif self.data[name].state != "done" and name not in self._rows and task.of is None:
                     self._check_data(task, self.data[name].settings["rows"])
             except (ValueError, OSError, ImportError) as error:
                 problems.append(f"`tasks`, {name}: {error}")
@@ -175,11 +180,16 @@ class Steps:
         options = {"benchmark": task.benchmark, **task.options, "rows": sizes, "retrieval": task.retrieval}
         if task.test_split != "test":
             options["test_split"] = task.test_split
+        needs: tuple[Step, ...] = ()
+        if task.of is not None and task.name not in self._rows:
+            needs = (self.data[task.of],)
+            options["of"] = needs[0].settings
         return Step(
             folder=self.folder / "data" / task.name,
             kind="data",
             settings=options,
             run=lambda: self._write_data(task, sizes),
+            needs=needs,
         )
 
     def _write_data(self, task: Task, sizes: dict[str, int]) -> dict[str, Any]:
@@ -196,6 +206,8 @@ class Steps:
         rows: list
         if task.name in self._rows:
             rows = self._rows[task.name][split]
+        elif task.of is not None:
+            rows = self._derived_rows(task, num_rows)
         else:
             benchmark = importlib.import_module(f"trl_perce.benchmarks.{task.benchmark}")
             rows = self._loaded.pop((task.name, split), []) or _load(benchmark, task, split, num_rows)
@@ -205,6 +217,16 @@ class Steps:
         path = self._data_path(task) / f"{split}.jsonl"
         write_json_lines(path, rows)
         return {"rows": len(rows), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+    def _derived_rows(self, task: Task, num_rows: int) -> list[dict[str, Any]]:
+        from ..benchmarks.irrelevant import ask_irrelevant
+        from ..evaluation.predictions import choose_rows, user_of
+
+        source = self._data_path(self.settings.tasks[str(task.of)])
+        if task.benchmark == SEEN:
+            rows = [*read_lines(source / "train.jsonl")]
+            return [rows[index] for index in choose_rows([user_of(row) for row in rows], num_rows)]
+        return ask_irrelevant(read_lines(source / "test.jsonl"), num_questions=num_rows)
 
     def _data_path(self, task: Task) -> Path:
         return self.folder / "data" / task.name

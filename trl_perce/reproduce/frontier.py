@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the personal tokens gain and what the others pay for it: a plot of a grid's methods against plain CE, and CE trained otherwise."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ..utils.files import written_whole
+from .measures import OTHER, PERSONAL
+from .number import rate_text
+from .panels import MUTED, SMALL, TEXT, grid, legend, plain, style_of, title
+from .results import METHOD_LABELS
+
+
+_DPI = 160
+
+
+def write_frontiers(
+    comparisons: Sequence[dict[str, Any]], folder: Path, plain_methods: Sequence[str], baseline: str = "ce"
+) -> list[Path]:
+    """
+    Write the plots of [`draw_frontiers`].
+
+    Args:
+        comparisons (`Sequence[dict[str, Any]]`): As there.
+        folder (`Path`): Where to.
+        plain_methods (`Sequence[str]`): As there.
+        baseline (`str`, *optional*, defaults to `"ce"`): As there.
+
+    Returns:
+        `list[Path]`: The files.
+    """
+    paths = []
+    for name, figure in draw_frontiers(comparisons, plain_methods, baseline):
+        with written_whole(folder / name) as part:
+            figure.savefig(part, format="png", dpi=_DPI)
+        paths.append(folder / name)
+    return paths
+
+
+def draw_frontiers(
+    comparisons: Sequence[dict[str, Any]], plain_methods: Sequence[str], baseline: str = "ce"
+) -> Iterator[tuple[str, Figure]]:
+    """
+    Draw log-likelihood of personal against that of other tokens, a panel a task, for each model that has two or more methods to compare
+    with the baseline on a task that they are trained on.
+
+    Args:
+        comparisons (`Sequence[dict[str, Any]]`): From [`~reproduce.compare.compare_methods`].
+        plain_methods (`Sequence[str]`): Methods without weights, which a line joins.
+        baseline (`str`, *optional*, defaults to `"ce"`): What was compared with.
+
+    Yields:
+        `tuple[str, Figure]`: Name of the file, figure.
+    """
+    models: dict[str, dict[str, dict[tuple, dict[str, dict]]]] = {}
+    for c in comparisons:
+        if c["interval"] is not None and c["train_task"] == c["task"] and c["metric"] in (PERSONAL, OTHER):
+            run = c["method"], c["learning_rate"], tuple(c["clip"])
+            models.setdefault(c["model"], {}).setdefault(c["task"], {}).setdefault(run, {})[c["metric"]] = c
+    base = METHOD_LABELS.get(baseline, baseline)
+    for number, (model, tasks) in enumerate(models.items(), start=1):
+        tasks = {
+            task: whole
+            for task, runs in tasks.items()
+            if len(whole := {run: found for run, found in runs.items() if len(found) == 2}) > 1
+        }
+        if not tasks:
+            continue
+        figure, axes = grid(1, len(tasks), 0.8 + 4.2 * len(tasks), 5.2, model)
+        names = [baseline, *dict.fromkeys(method for runs in tasks.values() for method, *_ in runs)]
+        for panel, (task, runs) in zip(axes[0], tasks.items(), strict=True):
+            plain(panel, "both")
+            title(panel, task)
+            panel.axhline(0.0, color=MUTED, linewidth=0.6, zorder=1)
+            panel.axvline(0.0, color=MUTED, linewidth=0.6, zorder=1)
+            line = [(0.0, 0.0)]
+            for (method, *run), found in [((baseline,), {}), *runs.items()]:
+                name = METHOD_LABELS.get(method, method)
+                if sum(other == method for other, *_ in runs) > 1:
+                    rate, (low, high) = run
+                    name += f" {rate_text(rate)} [{low:g}, {high:g}]"
+                colour, mark = style_of(method, names)
+                x, y = (found[name]["difference"] if found else 0.0 for name in (OTHER, PERSONAL))
+                if found:
+                    low, high = found[OTHER]["interval"]
+                    panel.plot([low, high], [y, y], color=colour, linewidth=1.2, alpha=0.6)
+                    low, high = found[PERSONAL]["interval"]
+                    panel.plot([x, x], [low, high], color=colour, linewidth=1.2, alpha=0.6)
+                    line += [(x, y)] if method in plain_methods else []
+                look: dict[str, Any] = {"markersize": 7, "markeredgecolor": "white", "linestyle": "", "zorder": 5}
+                panel.plot(x, y, mark, color=colour, label=name, **look)
+            if len(line) > 1:
+                panel.plot(*zip(*sorted(line), strict=True), color=MUTED, linewidth=1.0, linestyle="--", zorder=2)
+            panel.set_xlabel(f"other tokens: log P less {base}'s (nats a token)", fontsize=SMALL, color=TEXT)
+        axes[0][0].set_ylabel(f"personal tokens: log P less {base}'s", fontsize=SMALL, color=TEXT)
+        legend(figure, axes)
+        slug = re.sub(r"[^\w.-]+", "-", model)
+        yield f"frontier-{number}-{slug}.png", figure
