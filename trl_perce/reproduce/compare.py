@@ -13,7 +13,7 @@ import numpy as np
 from ..utils.files import write_text
 from ..utils.markdown import table
 from .grid import Step
-from .measures import MEASURES, Values, mean_of, read_values
+from .measures import MEASURES, Measure, Values, mean_of, read_values
 from .settings import Cell, Settings
 from .steps import Steps
 
@@ -137,20 +137,22 @@ def write_comparisons(
             run = c["method"], c["learning_rate"], tuple(c["clip"] or ()), tuple(c["seeds"])
             by_run.setdefault(run, {})[c["metric"]] = c
         lines = [
+            ["learning rate", *("–" if rate is None else f"{rate:g}" for _, rate, _, _ in by_run)],
             [
-                method,
-                "–" if rate is None else f"{rate:g}",
-                " … ".join(f"{bound:g}" for bound in clip) or "–",
-                len(seeds) or "–",
-            ]
-            + [_cell(found.get(measure.name)) for measure in shown]
-            for (method, rate, clip, seeds), found in by_run.items()
+                "clip",
+                *(
+                    " … ".join(f"{b:g}" for b in clip) if method != baseline and clip else "–"
+                    for method, _, clip, _ in by_run
+                ),
+            ],
+            ["seeds", *(len(seeds) or "–" for *_, seeds in by_run)],
+        ]
+        lines += [
+            [measure.heading, *(_cell(found.get(measure.name)) for found in by_run.values())] for measure in shown
         ]
         rows = max(c["rows"] for c in own)
         parts.append(f"## {model}, trained on {trained}, tested on {task} ({rows} rows)")
-        parts.append(
-            table(["method", "learning rate", "clip", "seeds", *(measure.heading for measure in shown)], lines)
-        )
+        parts.append(table(["", *(method for method, *_ in by_run)], lines))
     if plots:
         parts.append(_CAPTION.format(baseline=baseline))
     parts += [f"![Personal against other tokens]({plot.name})" for plot in plots]
@@ -160,14 +162,19 @@ def write_comparisons(
     return paths
 
 
+def _heading(measure: Measure) -> str:
+    return f"{measure.heading} ({measure.unit})" if measure.unit in ("nats", "words", "share") else measure.heading
+
+
 def _cell(compared: dict[str, Any] | None) -> str:
     if compared is None:
         return "–"
     if compared["difference"] is None:
-        return f"{compared['mean']:.3f}"
+        return f"{compared['mean']:.3f}".replace("-", "−")
     text = f"{compared['difference']:+.3f}"
-    if compared["interval"] is None:
-        return text
-    low, high = compared["interval"]
-    text = f"{text} [{low:+.3f}, {high:+.3f}]"
-    return f"**{text}**" if low > 0 or high < 0 else text
+    if compared["interval"] is not None:
+        low, high = compared["interval"]
+        text += f" [{low:+.3f}, {high:+.3f}]"
+        if low > 0 or high < 0:
+            text = f"**{text}**"
+    return text.replace("-", "−")
