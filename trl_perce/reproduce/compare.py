@@ -148,7 +148,7 @@ def write_comparisons(
             ["seeds", *(len(seeds) or "–" for *_, seeds in by_run)],
         ]
         lines += [
-            [measure.heading, *(_cell(found.get(measure.name)) for found in by_run.values())] for measure in shown
+            [_heading(measure), *(_cell(found.get(measure.name)) for found in by_run.values())] for measure in shown
         ]
         rows = max(c["rows"] for c in own)
         parts.append(f"## {model}, trained on {trained}, tested on {task} ({rows} rows)")
