@@ -52,7 +52,10 @@ PUBLIC = {
         "reviewer": "NUMBER",
         "reviews": [REVIEW, REVIEW | {"reviewText": "Blunt, says number NUMBER."}],
     },
-    "prefeval": {"preference": "I like number NUMBER.", "question": "Which number?", "response": "Number NUMBER."},
+    "prefeval": {
+        **{"topic": "topic NUMBER", "preference": "I like number NUMBER.", "question": "Which number?"},
+        **{"response": "Number NUMBER.", "options": ["Number NUMBER.", "None."], "answer": 0},
+    },
 }
 # Not ours to run, or run by what runs this
 ELSEWHERE = ("make", "pip", "git", "open", "hf", "vllm", "pkill", "pre-commit", "export")
@@ -110,7 +113,9 @@ def workspace(tmp_path, tiny_model, tokenizer, monkeypatch):
     for folder, lines in (("data/product_review", rows), ("data/own", histories), ("my_data", histories)):
         write_splits(tmp_path / folder, train=lines, test=lines)
     for folder, line in PUBLIC.items():  # from examples/get_data.py
-        lines = [json.loads(json.dumps(line).replace("NUMBER", str(index))) for index in range(12)]
+        text = json.dumps(line)
+        texts = [text.replace("topic NUMBER", "education_resources"), *[text] * 11]  # which the recipe validates on
+        lines = [json.loads(text.replace("NUMBER", str(index))) for index, text in enumerate(texts)]
         write_splits(tmp_path / "data" / folder, train=lines[:10], test=lines[10:])
     _write_raw_data(tmp_path)
     (tmp_path / ".cache" / "SmolLM2-135M-Instruct").mkdir(parents=True)  # from examples/smollm2.py
