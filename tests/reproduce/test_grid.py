@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from conftest import ROOT
 from trl_perce.cli import aloe, evaluate, train
 from trl_perce.cli.common import check_known
 from trl_perce.cli.reproduce import make_steps
-from trl_perce.reproduce.compare import _baseline_of
+from trl_perce.reproduce.compare import _baseline_of, _read
 from trl_perce.reproduce.grid import GridError, Step, run_steps
 from trl_perce.reproduce.settings import Cell, load_settings
 from trl_perce.utils.files import differences
@@ -277,3 +278,14 @@ def test_recipes(name):
     if settings.output_dir.endswith("paper"):
         main = make_steps(load_settings(ROOT / "recipes/reproduce/paper.yaml"))
         assert {*steps.train} & {*main.train} or name == "lamp.yaml"
+
+
+def test_evaluations_without_likelihoods_are_compared_too(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"row": 0, "id": null, "user": "ann", "rougeL": 0.5}\n{"row": 1, "id": null, "user": null, "rougeL": null}\n'
+    )
+    step = Step(tmp_path, "evaluate", {}, dict, state="done")
+    values, users = _read([step], "own")
+    assert users == ["ann", "row 1"] and values["rougeL"][0] == 0.5 and math.isnan(values["rougeL"][1])
+    step.state = "waiting"
+    assert _read([step], "own") is None

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..benchmarks.irrelevant import ask_irrelevant
 from ..benchmarks.reading import Skips
-from ..evaluation.predictions import choose_rows, user_of
+from ..evaluation.predictions import take_rows, user_of
 from ..persona.marks import PersonaError
 from ..reproduce.settings import DERIVED_ROWS, IRRELEVANT, METHODS, OWN, SEEN, Settings, Task
 from ..utils.files import fingerprint
@@ -99,7 +99,7 @@ def make_rows(
         `tuple[dict[str, dict[str, list]], list[str]]`: Rows by task and split; and lines about what is left out or doubtful.
     """
     notes = []
-    kept = [test[index] for index in choose_rows([user_of(row) for row in test], args.test_rows)]
+    kept = take_rows(test, args.test_rows)
     if len(kept) < len(test):
         notes.append(
             f"{len(kept)} of {len(test)} held-out rows are taken (`test_rows`), of as many users as possible."
@@ -112,8 +112,7 @@ def make_rows(
                 "those of new users."
             )
             break
-    seen = [train[index] for index in choose_rows([user_of(row) for row in train], DERIVED_ROWS)]
-    rows = {OWN: {"train": train, "test": kept}, SEEN: {"test": seen}}
+    rows = {OWN: {"train": train, "test": kept}, SEEN: {"test": take_rows(train, DERIVED_ROWS)}}
     if args.irrelevant_questions:
         skips = Skips()
         try:

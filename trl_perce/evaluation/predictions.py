@@ -200,6 +200,11 @@ def choose_rows(users: Sequence[str], number: int | None, seed: int = 0) -> list
     return sorted(row for _, _, row in sorted(keys)[:number])
 
 
+def take_rows(rows: Sequence[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """So many rows, or all, of as many users as possible ([`choose_rows`])."""
+    return [rows[index] for index in choose_rows([user_of(row) for row in rows], number)]
+
+
 def to_prediction(
     prompt: Prompt, tokens: list[int], stop: frozenset[int], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:

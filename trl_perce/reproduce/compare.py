@@ -14,7 +14,7 @@ from ..utils.files import write_text
 from ..utils.markdown import table
 from .grid import Step
 from .measures import MEASURES, Measure, Values, mean_of, read_values
-from .settings import Cell, Settings
+from .settings import IRRELEVANT, Cell, Settings
 from .steps import Steps
 
 
@@ -44,39 +44,39 @@ def compare_methods(steps: Steps, baseline: str = "ce") -> list[dict[str, Any]]:
             `"rows"`, `"mean"` and `"baseline"` (means over rows and seeds), `"difference"` and `"interval"`. Of the untrained model and of
             the baseline itself the last three are `None`.
     """
-    evaluations: dict[
-        tuple[Cell, str], dict[int, Evaluation]
-    ] = {}  # (run without its seed, evaluated task) → seed → its rows
+    # (run without its seed, evaluated task) → seed → its rows
+    evaluations: dict[tuple[Cell, str], dict[int, Evaluation]] = {}
+    kinds = {name: task.kind for name, task in steps.settings.tasks.items()}
     for (cell, task), parts in steps.evaluate.items():
-        if (read := _read(parts)) is not None:
+        if (read := _read(parts, kinds[task])) is not None:
             evaluations.setdefault((replace(cell, seed=0), task), {})[cell.seed] = read
-    untrained = {key: read for key, parts in steps.untrained.items() if (read := _read(parts)) is not None}
     comparisons: list[dict[str, Any]] = []
-    seen = set()
+    condition: dict[str, Any]
+    for model, trained, task in dict.fromkeys((cell.model, cell.task, task) for cell, task in evaluations):
+        if (read := _read(steps.untrained[model, task], kinds[task])) is not None:
+            condition = {"model": model, "train_task": trained, "task": task, "method": "untrained"}
+            condition |= {"learning_rate": None, "clip": None, "seeds": []}
+            comparisons += [condition | found for found in _compare([read], None, kinds[task])]
     for (cell, task), own in evaluations.items():
-        kind = steps.settings.tasks[task].kind
-        where: dict[str, Any] = {"model": cell.model, "train_task": cell.task, "task": task}
-        if tuple(where.values()) not in seen and (cell.model, task) in untrained:
-            seen.add(tuple(where.values()))
-            condition = where | {"method": "untrained", "learning_rate": None, "clip": None, "seeds": []}
-            comparisons += [condition | found for found in _compare([untrained[cell.model, task]], None, kind)]
-        condition = where | {"method": cell.method, "learning_rate": cell.learning_rate, "clip": [*cell.clip]}
+        condition = {"model": cell.model, "train_task": cell.task, "task": task, "method": cell.method}
+        condition |= {"learning_rate": cell.learning_rate, "clip": [*cell.clip]}
         if cell.method == baseline:
-            seeds = sorted(own)
-            found = _compare([own[seed] for seed in seeds], None, kind)
+            seeds, base = sorted(own), None
         else:
             theirs = _baseline_of(cell, task, evaluations, steps.settings, baseline)
             seeds = sorted(own.keys() & theirs.keys())
-            found = _compare([own[seed] for seed in seeds], [theirs[seed] for seed in seeds], kind) if seeds else []
-        comparisons += [condition | {"seeds": seeds} | compared for compared in found]
+            base = [theirs[seed] for seed in seeds]
+        if seeds:
+            found = _compare([own[seed] for seed in seeds], base, kinds[task])
+            comparisons += [condition | {"seeds": seeds} | compared for compared in found]
     return comparisons
 
 
-def _read(evaluations: Sequence[Step]) -> Evaluation | None:
+def _read(evaluations: Sequence[Step], kind: str) -> Evaluation | None:
     """The values of an evaluation's rows and their users, if it is done and has such."""
     last = evaluations[-1]
-    is_there = all((last.folder / name).exists() for name in ("metrics.jsonl", "scores"))
-    return read_values(last.folder) if last.state == "done" and is_there else None
+    has_rows = last.state == "done" and (last.folder / "metrics.jsonl").is_file()
+    return read_values(last.folder, with_scores=kind == IRRELEVANT) if has_rows else None
 
 
 def _baseline_of(cell: Cell, task: str, evaluations: Mapping, settings: Settings, baseline: str) -> dict:
@@ -95,19 +95,22 @@ def _compare(own: Sequence[Evaluation], theirs: Sequence[Evaluation] | None, kin
     users = own[0][1]
     found = []
     for measure in MEASURES:
-        sides = [[measure.of(values) for values, _ in side] for side in (own, theirs or own)]
-        if measure.kind != kind or any(values is None for side in sides for values in side):
+        if measure.kind != kind:
             continue
-        values, base = (np.array(side, float) for side in sides)
-        where = (np.isfinite(values) & np.isfinite(base)).all(0)
+        sides = [[measure.of(values) for values, _ in side] for side in (own, theirs or ())]
+        if any(values is None for side in sides for values in side):
+            continue
+        where = np.isfinite(np.array(sides[0] + sides[1], float)).all(0)
         if not where.any():
             continue
-        compared = {"metric": measure.name, "rows": int(where.sum()), "mean": float(values[:, where].mean())}
+        values = np.array(sides[0], float)[:, where]
+        compared = {"metric": measure.name, "rows": int(where.sum()), "mean": float(values.mean())}
         compared |= {"baseline": None, "difference": None, "interval": None}
         if theirs is not None:
+            base = np.array(sides[1], float)[:, where]
             groups = [user for user, is_there in zip(users, where, strict=True) if is_there]
-            difference, interval = mean_of((values - base)[:, where], groups)
-            compared |= {"baseline": float(base[:, where].mean()), "difference": difference, "interval": interval}
+            difference, interval = mean_of(values - base, groups)
+            compared |= {"baseline": float(base.mean()), "difference": difference, "interval": interval}
         found.append(compared)
     return found
 
@@ -136,15 +139,10 @@ def write_comparisons(
         for c in own:
             run = c["method"], c["learning_rate"], tuple(c["clip"] or ()), tuple(c["seeds"])
             by_run.setdefault(run, {})[c["metric"]] = c
-        lines = [
+        clips = [clip if method != baseline else () for method, _, clip, _ in by_run]
+        lines: list[list[Any]] = [
             ["learning rate", *("–" if rate is None else f"{rate:g}" for _, rate, _, _ in by_run)],
-            [
-                "clip",
-                *(
-                    " … ".join(f"{b:g}" for b in clip) if method != baseline and clip else "–"
-                    for method, _, clip, _ in by_run
-                ),
-            ],
+            ["clip", *(" … ".join(f"{bound:g}" for bound in clip) or "–" for clip in clips)],
             ["seeds", *(len(seeds) or "–" for *_, seeds in by_run)],
         ]
         lines += [

@@ -2,21 +2,17 @@
 
 """What the personal tokens gain and what the others pay for it: a plot of a grid's methods against plain CE, and CE trained otherwise."""
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..utils.files import written_whole
 from .measures import OTHER, PERSONAL
 from .number import rate_text
-from .panels import MUTED, SMALL, TEXT, grid, legend, plain, style_of, title
+from .panels import MUTED, SMALL, TEXT, file_name, grid, legend, plain, save, style_of, title
 from .results import METHOD_LABELS
-
-
-_DPI = 160
 
 
 def write_frontiers(
@@ -34,12 +30,7 @@ def write_frontiers(
     Returns:
         `list[Path]`: The files.
     """
-    paths = []
-    for name, figure in draw_frontiers(comparisons, plain_methods, baseline):
-        with written_whole(folder / name) as part:
-            figure.savefig(part, format="png", dpi=_DPI)
-        paths.append(folder / name)
-    return paths
+    return [save(figure, folder / name) for name, figure in draw_frontiers(comparisons, plain_methods, baseline)]
 
 
 def draw_frontiers(
@@ -76,28 +67,36 @@ def draw_frontiers(
         for panel, (task, runs) in zip(axes[0], tasks.items(), strict=True):
             plain(panel, "both")
             title(panel, task)
-            panel.axhline(0.0, color=MUTED, linewidth=0.6, zorder=1)
-            panel.axvline(0.0, color=MUTED, linewidth=0.6, zorder=1)
-            line = [(0.0, 0.0)]
-            for (method, *run), found in [((baseline,), {}), *runs.items()]:
-                name = METHOD_LABELS.get(method, method)
-                if sum(other == method for other, *_ in runs) > 1:
-                    rate, (low, high) = run
-                    name += f" {rate_text(rate)} [{low:g}, {high:g}]"
-                colour, mark = style_of(method, names)
-                x, y = (found[name]["difference"] if found else 0.0 for name in (OTHER, PERSONAL))
-                if found:
-                    low, high = found[OTHER]["interval"]
-                    panel.plot([low, high], [y, y], color=colour, linewidth=1.2, alpha=0.6)
-                    low, high = found[PERSONAL]["interval"]
-                    panel.plot([x, x], [low, high], color=colour, linewidth=1.2, alpha=0.6)
-                    line += [(x, y)] if method in plain_methods else []
-                look: dict[str, Any] = {"markersize": 7, "markeredgecolor": "white", "linestyle": "", "zorder": 5}
-                panel.plot(x, y, mark, color=colour, label=name, **look)
-            if len(line) > 1:
-                panel.plot(*zip(*sorted(line), strict=True), color=MUTED, linewidth=1.0, linestyle="--", zorder=2)
+            _draw(panel, runs, names, plain_methods, baseline)
             panel.set_xlabel(f"other tokens: log P less {base}'s (nats a token)", fontsize=SMALL, color=TEXT)
         axes[0][0].set_ylabel(f"personal tokens: log P less {base}'s", fontsize=SMALL, color=TEXT)
         legend(figure, axes)
-        slug = re.sub(r"[^\w.-]+", "-", model)
-        yield f"frontier-{number}-{slug}.png", figure
+        yield file_name("frontier", number, model), figure
+
+
+def _draw(
+    panel: Axes,
+    runs: dict[tuple, dict[str, dict]],
+    names: Sequence[str],
+    plain_methods: Sequence[str],
+    baseline: str,
+) -> None:
+    """A task's methods, with the baseline at 0, 0."""
+    for line in (panel.axhline, panel.axvline):
+        line(0.0, color=MUTED, linewidth=0.6, zorder=1)
+    look: dict[str, Any] = {"markersize": 7, "markeredgecolor": "white", "linestyle": "", "zorder": 5}
+    colour, mark = style_of(baseline, names)
+    panel.plot(0.0, 0.0, mark, color=colour, label=METHOD_LABELS.get(baseline, baseline), **look)
+    joined = [(0.0, 0.0)]
+    for (method, rate, (low, high)), found in runs.items():
+        name = METHOD_LABELS.get(method, method)
+        if sum(other == method for other, *_ in runs) > 1:
+            name += f" {rate_text(rate)} [{low:g}, {high:g}]"
+        colour, mark = style_of(method, names)
+        x, y = found[OTHER]["difference"], found[PERSONAL]["difference"]
+        panel.plot(found[OTHER]["interval"], [y, y], color=colour, linewidth=1.2, alpha=0.6)
+        panel.plot([x, x], found[PERSONAL]["interval"], color=colour, linewidth=1.2, alpha=0.6)
+        panel.plot(x, y, mark, color=colour, label=name, **look)
+        joined += [(x, y)] if method in plain_methods else []
+    if len(joined) > 1:
+        panel.plot(*zip(*sorted(joined), strict=True), color=MUTED, linewidth=1.0, linestyle="--", zorder=2)

@@ -198,27 +198,36 @@ MEASURES = (
 )
 
 
-def read_values(folder: Path) -> tuple[Values, list[str]]:
+def read_values(folder: Path, with_scores: bool = True) -> tuple[Values, list[str]]:
     """
-    The values of an evaluation's rows, NaN where a row has none, with those that only its scores tell; and the user of each row: by name,
-    else by the persona's text, else the row alone.
+    The values of an evaluation's rows, NaN where a row has none, and the user of each row.
+
+    Args:
+        folder (`Path`): Of the evaluation.
+        with_scores (`bool`, *optional*, defaults to `True`): Whether to read its scores, too, which take longer: they have what no file of
+            metrics has, `log_likelihood/all`, `pir/absolute` and `has_persona`, and the persona, which tells users without a name apart.
+
+    Returns:
+        `tuple[Values, list[str]]`: Values by name; users by name, else by the persona's text, else by the row alone.
     """
     lines = [*read_lines(folder / "metrics.jsonl")]
     names = [name for name in lines[0] if name not in ("row", "id", "user")]
     values = {name: np.array([line[name] for line in lines], dtype=float) for name in names}
-    scores = [*read_scores(folder / "scores")]
+    users = [line["user"] or f"row {line['row']}" for line in lines]
+    if not with_scores:
+        return values, users
     sums, counts, gains, paired = ([] for _ in range(4))
-    for row in scores:
+    for place, row in enumerate(read_scores(folder / "scores")):
         has_pir = np.isfinite(row.pir)
         sums.append(row.log_probs.sum(dtype=np.float64))
         counts.append(len(row.log_probs))
         gains.append(np.abs(row.pir[has_pir]).sum(dtype=np.float64))
         paired.append(has_pir.sum())
+        users[place] = lines[place]["user"] or row.persona or users[place]
     values["log_likelihood/all"] = ratio_values(np.array(sums), np.array(counts))
     values["pir/absolute"] = ratio_values(np.array(gains), np.array(paired))
     values["has_persona"] = np.array(paired) > 0
     values.setdefault("num_tokens", np.full(len(lines), np.nan))
-    users = [line["user"] or row.persona or f"row {row.row}" for line, row in zip(lines, scores, strict=True)]
     return values, users
 
 

@@ -2,17 +2,21 @@
 
 """What the plots are put together from: panels, marks, curves, in one style."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..scoring.heatmap.palette import PALETTE
+from ..utils.files import written_whole
 from .number import METRIC_LABELS, rate_text, unit
 from .results import METHOD_LABELS, Condition, Results
 
 
+_DPI = 160
 TEXT, MUTED, GRID = PALETTE["light"]["text"], "#5b5e6b", "#dedee4"
 TITLE, SIZE, SMALL = 10.0, 9.0, 8.0
 STYLES = {
@@ -59,6 +63,19 @@ def grid(
     figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06, wspace=0.04, hspace=0.04)
     figure.suptitle(title, fontsize=TITLE + 1, color=TEXT, fontweight="bold", parse_math=False)
     return figure, figure.subplots(rows, columns, squeeze=False, height_ratios=heights).tolist()
+
+
+def file_name(start: str, number: int, model: str) -> str:
+    """Of the plot of a model."""
+    slug = re.sub(r"[^\w.-]+", "-", model)
+    return f"{start}-{number}-{slug}.png"
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a plot, whole or not at all."""
+    with written_whole(path) as part:
+        figure.savefig(part, format="png", dpi=_DPI)
+    return path
 
 
 def plain(axes: Axes, lines: Literal["x", "y", "both"]) -> None:

@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from ..scoring.heatmap.palette import PALETTE
-from ..utils.files import written_whole
 from .number import METRIC_LABELS, Number, rate_text, unit
 from .panels import (
     MUTED,
@@ -28,6 +27,7 @@ from .panels import (
     curve_title,
     curves,
     dot,
+    file_name,
     grid,
     label,
     legend,
@@ -35,13 +35,13 @@ from .panels import (
     plain,
     row_height,
     row_label,
+    save,
     style,
     title,
 )
 from .results import METHOD_LABELS, Condition, Results
 
 
-_DPI = 160
 _OVERLAP, _PERSONAL = ("rougeL", "meteor"), ("log_likelihood/personal", "uptake")
 # Light to middle of the orange that stands for more, so that dark text can be read on all of it
 _SHADES = LinearSegmentedColormap.from_list("shades", ["#ffffff", PALETTE["light"]["positive"]])
@@ -68,9 +68,7 @@ def write_plots(results: Results, folder: Path, tables: Sequence[int]) -> dict[i
     """
     plots: dict[int, list[Path]] = {}
     for table, name, figure in draw_plots(results, tables):
-        with written_whole(folder / name) as part:
-            figure.savefig(part, format="png", dpi=_DPI)
-        plots.setdefault(table, []).append(folder / name)
+        plots.setdefault(table, []).append(save(figure, folder / name))
     return plots
 
 
@@ -101,8 +99,7 @@ def draw_plots(results: Results, tables: Sequence[int]) -> Iterator[tuple[int, s
         for model in models.get(table, results.models):
             figure = draw[table](model)
             if figure is not None:
-                slug = re.sub(r"[^\w.-]+", "-", model)
-                yield table, f"table{table}-{results.models.index(model) + 1}-{slug}.png", figure
+                yield table, file_name(f"table{table}", results.models.index(model) + 1, model), figure
 
 
 # Figures

@@ -220,12 +220,11 @@ class Steps:
 
     def _derived_rows(self, task: Task, num_rows: int) -> list[dict[str, Any]]:
         from ..benchmarks.irrelevant import ask_irrelevant
-        from ..evaluation.predictions import choose_rows, user_of
+        from ..evaluation.predictions import take_rows
 
         source = self._data_path(self.settings.tasks[str(task.of)])
         if task.benchmark == SEEN:
-            rows = [*read_lines(source / "train.jsonl")]
-            return [rows[index] for index in choose_rows([user_of(row) for row in rows], num_rows)]
+            return take_rows([*read_lines(source / "train.jsonl")], num_rows)
         return ask_irrelevant(read_lines(source / "test.jsonl"), num_questions=num_rows)
 
     def _data_path(self, task: Task) -> Path:
