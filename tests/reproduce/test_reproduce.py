@@ -209,8 +209,8 @@ def test_the_tables_have_the_figures(grid):
     assert any(path.stat().st_size > 5000 for path in out.glob("*.png"))
 
 
-def test_comparisons_are_paired_by_row_and_seed(grid):
-    _, out = grid
+def test_comparisons_are_paired_by_row_and_seed(grid, capsys):
+    run, out = grid
     (compared,) = (
         own
         for own in json.loads((out / "comparisons.json").read_text())
@@ -232,6 +232,19 @@ def test_comparisons_are_paired_by_row_and_seed(grid):
     low, high = compared["interval"]
     assert min(differences) <= low <= compared["difference"] <= high <= max(differences)
     assert "trained on food, tested on crafts (4 rows)" in (out / "comparisons.md").read_text()
+    assert run("--tables_only", "--baseline", "perce") == 0
+    (turned,) = (
+        own
+        for own in json.loads((out / "comparisons-perce.json").read_text())
+        if (own["method"], own["train_task"], own["task"], own["metric"])
+        == ("ce", "food", "crafts", "log_likelihood/other")
+    )
+    assert turned["difference"] == pytest.approx(-compared["difference"])
+    assert "# Against perce" in (out / "comparisons-perce.md").read_text()
+    assert "# Against ce" in (out / "comparisons.md").read_text()
+    with pytest.raises(SystemExit):
+        run("--tables_only", "--baseline", "perec")
+    assert "has no method 'perec'. It has ce, perce." in capsys.readouterr().err
 
 
 def test_rows_made_of_another_tasks(grid):

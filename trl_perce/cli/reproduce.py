@@ -32,6 +32,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", help="folder of all outputs, instead of the file's `output_dir`")
     parser.add_argument("--data_dir", help="folder of the tasks' files, instead of the file's `data_dir`")
     parser.add_argument("--tables", type=int, nargs="+", help="numbers of the tables to make; by default all")
+    parser.add_argument(
+        "--baseline",
+        default="ce",
+        help="method that comparisons.md compares with; other than ce: comparisons-METHOD.md",
+    )
     parser.add_argument("--tables_only", action="store_true", help="run nothing; make the tables of what is done")
     parser.add_argument("--dry_run", action="store_true", help="run nothing; show what is done and what is to be done")
     return parser
@@ -63,7 +68,7 @@ def run(argv: list[str]) -> int:
             _check_metrics(steps)
         failed = [] if args.tables_only else run_all(steps, console)
         with FileLock(Path(steps.settings.output_dir) / ".tables.lock"):  # processes that share a grid end together
-            _write_tables(steps, args.tables, console)
+            _write_tables(steps, args.tables, args.baseline, console)
     except (ValueError, OSError, ImportError) as error:
         parser.exit(2, f"trl-perce reproduce: error: {error}\n")
     say_failures(failed, console)
@@ -113,6 +118,9 @@ def _read(args: argparse.Namespace):
         load_quotes(settings.quotes)
     if unknown := {*(args.tables or ())} - {*TITLES}:
         raise ValueError(f"`tables`: there is no table {min(unknown)}. Write numbers from 1 to {max(TITLES)}.")
+    if args.baseline not in settings.methods and args.baseline != "ce":
+        known = ", ".join(settings.methods)
+        raise ValueError(f"`baseline`: {args.config} has no method {args.baseline!r}. It has {known}.")
     check_writable(settings.output_dir)
     steps = make_steps(settings)
     for step in steps.train.values():
@@ -249,7 +257,7 @@ def print_plan(steps, console) -> None:
     console.print(f"{states.count('done')} of {len(states)} steps are done.")
 
 
-def _write_tables(steps, numbers: list[int] | None, console) -> None:
+def _write_tables(steps, numbers: list[int] | None, baseline: str, console) -> None:
     """Write the records and the tables, and say where they are."""
     from functools import partial
 
@@ -268,10 +276,10 @@ def _write_tables(steps, numbers: list[int] | None, console) -> None:
     quotes = steps.settings.quotes
     quoting = quoted if quotes is None else partial(quoted, quotes=QUOTES + load_quotes(quotes))
     paths = write_tables(records, dataclasses.asdict(steps.settings), folder, quoting, numbers)
-    comparisons, methods = compare_methods(steps), steps.settings.methods
+    comparisons, methods = compare_methods(steps, baseline), steps.settings.methods
     without_weights = [name for name, fields in methods.items() if fields.get("token_weighting") == "uniform"]
-    plots = write_frontiers(comparisons, folder, without_weights)
-    paths += [*write_comparisons(comparisons, folder, plots), *plots]
+    plots = write_frontiers(comparisons, folder, without_weights) if baseline == "ce" else []
+    paths += [*write_comparisons(comparisons, folder, plots, baseline), *plots]
     if console.is_terminal:
         console.print(Markdown(paths[0].read_text(encoding="utf-8")))
     console.print(

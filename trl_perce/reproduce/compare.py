@@ -119,7 +119,7 @@ def write_comparisons(
     comparisons: list[dict[str, Any]], folder: str | Path, plots: Sequence[Path] = (), baseline: str = "ce"
 ) -> list[Path]:
     """
-    Write `comparisons.md` and `comparisons.json`.
+    Write `comparisons.md` and `comparisons.json`; with another baseline than CE `comparisons-BASELINE.md` and `….json`.
 
     Args:
         comparisons (`list[dict[str, Any]]`): From [`compare_methods`].
@@ -154,7 +154,8 @@ def write_comparisons(
     if plots:
         parts.append(_CAPTION.format(baseline=baseline))
     parts += [f"![Personal against other tokens]({plot.name})" for plot in plots]
-    paths = [folder / "comparisons.md", folder / "comparisons.json"]
+    stem = "comparisons" if baseline == "ce" else f"comparisons-{baseline}"
+    paths = [folder / f"{stem}.md", folder / f"{stem}.json"]
     for path, text in zip(paths, ("\n\n".join(parts), json.dumps(comparisons, indent=1)), strict=True):
         write_text(path, text + "\n")
     return paths
