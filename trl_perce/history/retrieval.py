@@ -146,9 +146,12 @@ class Retriever:
         entries = embed([row.history[index].search for row, indices in pairs for index in indices], False)
 
         def rank(row: HistoryRow, indices: list[int]) -> list[int]:
-            embeddings = np.stack([entries[row.history[index].search] for index in indices])
-            scores = self._encoder.similarity(queries[row.search], embeddings)
-            return _best_first(indices, scores)
+            texts = [row.history[index].search for index in indices]
+            places = {
+                text: place for place, text in enumerate(dict.fromkeys(texts))
+            }  # each once: equal texts tie to the bit
+            scores = self._encoder.similarity(queries[row.search], np.stack([entries[text] for text in places]))
+            return _best_first(indices, scores[[places[text] for text in texts]])
 
         return rank
 
