@@ -147,9 +147,8 @@ class Retriever:
 
         def rank(row: HistoryRow, indices: list[int]) -> list[int]:
             texts = [row.history[index].search for index in indices]
-            places = {
-                text: place for place, text in enumerate(dict.fromkeys(texts))
-            }  # each once: equal texts tie to the bit
+            places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+            # each text once, so that equal ones tie to the bit
             scores = self._encoder.similarity(queries[row.search], np.stack([entries[text] for text in places]))
             return _best_first(indices, scores[[places[text] for text in texts]])
 
