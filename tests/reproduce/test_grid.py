@@ -150,6 +150,14 @@ def test_what_a_run_is_compared_with(tmp_path):
     assert baselines["perce", 3e-3] == cells["ce", 3e-3] and baselines["perce", 1e-3] == cells["ce", 1e-3]
     assert baselines["faster", 2e-3] == cells["ce", 1e-3]
     assert _baseline_of(cells["perce", 1e-3], "posts", evaluations, settings, "ce") == {}
+    # a baseline with a learning rate or bounds of its own is that of all methods
+    settings = load_settings(write(tmp_path, methods=methods | {"bounded": {"weight_clip_min": 1.0}}))
+    own = [replace(cell, seed=0) for cell in settings.cells() if (cell.model, cell.task) == ("tiny", "chats")]
+    evaluations = {(cell, "chats"): {0: cell} for cell in own}
+    for baseline in ("faster", "bounded", "perce"):
+        (expected,) = {cell for cell in own if cell.method == baseline}
+        assert all(_baseline_of(cell, "chats", evaluations, settings, baseline) == {0: expected} for cell in own)
+    assert _baseline_of(own[0], "chats", evaluations, settings, "absent") == {}
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ dashed line joins methods without weights, trained at another rate or for longer
 def compare_methods(steps: Steps, baseline: str = "ce") -> list[dict[str, Any]]:
     """
     Differences between each method and a baseline that was trained alike: same model, task, learning rate and seeds. A method with a
-    learning rate of its own is compared with the baseline at the grid's.
+    learning rate or bounds of its own is compared with the baseline at the grid's, a baseline with such with all methods.
 
     Args:
         steps ([`Steps`]): The grid's.
@@ -81,12 +81,14 @@ def _read(evaluations: Sequence[Step], kind: str) -> Evaluation | None:
 
 def _baseline_of(cell: Cell, task: str, evaluations: Mapping, settings: Settings, baseline: str) -> dict:
     """The evaluations of the baseline that a run is compared with, by seed."""
+    if baseline not in settings.methods:
+        return {}
     has_own_rate = "learning_rate" in settings.methods[cell.method]
     for rate in settings.learning_rates if has_own_rate else (cell.learning_rate,):
         for clip in (cell.clip, *settings.clip_ranges):
-            key = replace(cell, method=baseline, clip=clip, learning_rate=rate), task
-            if key in evaluations:
-                return evaluations[key]
+            theirs = settings.cell(cell.model, cell.task, baseline, rate, clip, cell.seed)
+            if (theirs, task) in evaluations:
+                return evaluations[theirs, task]
     return {}
 
 

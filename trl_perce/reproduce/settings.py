@@ -144,15 +144,20 @@ class Settings:
         for seed, rate, model, task, clip, method in product(
             self.seeds, self.learning_rates, self.models, trained, self.clip_ranges, self.methods
         ):
-            own = self.methods[method]
-            if own.get("token_weighting") == "uniform":
-                clip = self.clip_ranges[0]
-            clip = (own.get("weight_clip_min", clip[0]), own.get("weight_clip_max", clip[1]))
-            rate = own.get("learning_rate", rate)
-            cell = Cell(model, task, method, rate, clip, seed)
+            cell = self.cell(model, task, method, rate, clip, seed)
             if cell not in cells:
                 cells.append(cell)
         return cells
+
+    def cell(
+        self, model: str, task: str, method: str, learning_rate: float, clip: tuple[float, float], seed: int
+    ) -> Cell:
+        """The training run of a method at a point of the grid, where its own learning rate and bounds take the place of the grid's."""
+        own = self.methods[method]
+        if own.get("token_weighting") == "uniform":
+            clip = self.clip_ranges[0]
+        clip = (own.get("weight_clip_min", clip[0]), own.get("weight_clip_max", clip[1]))
+        return Cell(model, task, method, own.get("learning_rate", learning_rate), clip, seed)
 
     def evaluated_tasks(self, cell: Cell) -> list[str]:
         """On what a run is evaluated: its own task first."""
