@@ -10,7 +10,7 @@ from trl_perce.reproduce.live import changed_lines, live_table
 
 def cell(name, train="waiting", score="waiting", metrics=None, seconds=None):
     steps = {"train": train, "score": score}
-    return {"name": name, "steps": steps, "metrics": metrics or {}, "seconds": seconds or {}}
+    return {"name": name, "label": name, "steps": steps, "metrics": metrics or {}, "seconds": seconds or {}}
 
 
 def printed(cells, width=100, **options):
@@ -24,18 +24,33 @@ CELLS = [
     cell("small/reviews/perce", "done", "running", seconds={"train": 7300}),
     cell("small/posts/ce", "failed", "waiting", seconds={"train": 3}),
     cell("small/posts/perce", "elsewhere"),
+    cell("small/posts/entce", "done"),
 ]
 
 
 def test_states_seconds_and_metrics():
     text = printed(CELLS)
-    lines = {line.split("│")[1].strip(): line for line in text.splitlines() if line.startswith("│")}
+    lines = {line[:24].strip(): line for line in text.splitlines()}
     first = lines["small/reviews/ce [bold]"]
-    assert "✓ 2 min 05 s" in first and "✓ 59 s" in first and "0.1235" in first and "0.6" in first
-    assert "✓ 2 h 01 min" in lines["small/reviews/perce"] and "▶ running" in lines["small/reviews/perce"]
-    assert "✗ failed 3 s" in lines["small/posts/ce"] and "· waiting" in lines["small/posts/ce"]
-    assert "▷ elsewhere" in lines["small/posts/perce"]
-    assert "4 cells: 1 running, 1 elsewhere, 1 done, 1 failed" in text and "\x1b" not in text
+    assert "✓ 3 min 04 s" in first and "0.1235" in first and "0.6" in first
+    assert "▶ score" in lines["small/reviews/perce"]
+    assert "✗ train failed" in lines["small/posts/ce"]
+    assert "▷ train" in lines["small/posts/perce"]
+    assert "· 1 of 2 done" in lines["small/posts/entce"]
+    assert "5 cells: 1 waiting, 1 running, 1 elsewhere, 1 done, 1 failed" in text and "\x1b" not in text
+
+
+def test_a_table_of_all_that_a_grid_shows_has_80_columns():
+    names = ["rougeL", "log_likelihood/personal", "log_likelihood/other", "uptake/own"]
+    label = "preferences, perce_from_0.5, lr=0.0005, clip=0.5–5, seed=0"
+    cells = [cell(label, "done", "done", dict.fromkeys(names, -1.2345), {"train": 4021, "score": 59})]
+    text = printed(cells, width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    words = " ".join(text.split())
+    assert all(
+        word in words for word in ("perce_from_0.5,", "seed=0", "ROUGE-L", "personal", "uptake", "✓ 1 h 08 min")
+    )
+    assert words.count("−1.23") == len(names)
 
 
 @pytest.mark.parametrize(
@@ -44,9 +59,9 @@ def test_states_seconds_and_metrics():
 def test_a_large_grid_shows_what_is_around_the_running_cells(running, first, last):
     cells = [cell(f"cell {index + 1}", "running" if index in running else "waiting") for index in range(100)]
     text = printed(cells, max_rows=5)
-    shown = [int(line.split("│")[1].split()[1]) for line in text.splitlines() if line.startswith("│")]
+    shown = [int(line.split()[1]) for line in text.splitlines() if line.strip().startswith("cell ")]
     assert shown == list(range(first, last + 1))
-    assert f"100 cells: {100 - len(running)} waiting" in text and f"Shown: {first} to {last}" in text
+    assert f"100 cells: {100 - len(running)} waiting" in text and f"Shown: {first} to {last}" in " ".join(text.split())
 
 
 def test_without_a_running_cell_the_first_that_waits_is_shown():
@@ -58,8 +73,8 @@ def test_without_a_running_cell_the_first_that_waits_is_shown():
 
 def test_an_empty_grid_and_steps_that_a_cell_has_not():
     assert "0 cells" in printed([])
-    cells = [cell("a"), {"name": "b", "steps": {"judge": "done"}, "metrics": {}}]
-    assert "–" in printed(cells)
+    cells = [cell("a"), {"name": "b", "label": "b", "steps": {"judge": "done"}, "metrics": {}}]
+    assert "✓ done" in printed(cells)
 
 
 def test_lines_for_a_log_tell_only_what_has_changed():

@@ -293,7 +293,8 @@ def test_what_is_done_stays_done_and_a_grid_grows(grid, capsys):
     assert run() == 0
     assert done(out) == before
     assert run("--dry_run", methods=["ce", "perce"], seeds=[0, 1]) == 0
-    assert "30 of 50 steps are done" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "30 of 50 steps are done" in printed and "crafts, perce, seed=1" in printed
     assert (
         run(
             methods=["perce"],

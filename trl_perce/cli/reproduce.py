@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..utils.screen import WIDTH
 from .common import disable_progress_bars
 
 
@@ -92,8 +93,7 @@ def make_console():
     if sys.stdout.isatty():
         file = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
         return Console(file=file, highlight=False, soft_wrap=True)
-    # A file or a pipe has no width; Rich's 80 columns would break the names of runs letter by letter
-    return Console(highlight=False, soft_wrap=True, width=200)
+    return Console(highlight=False, soft_wrap=True, width=WIDTH)  # a file or a pipe has no width
 
 
 def make_steps(settings):
@@ -223,12 +223,20 @@ def make_cells(steps) -> list[dict[str, Any]]:
     Returns:
         `list[dict[str, Any]]`: The data, the untrained models, then a cell a run.
     """
-    cells = [{"name": "data", "steps": {name: step.state for name, step in steps.data.items()}, "metrics": {}}]
+    cells = [
+        {
+            "name": "data",
+            "label": "data",
+            "steps": {name: step.state for name, step in steps.data.items()},
+            "metrics": {},
+        }
+    ]
     for model in steps.settings.models:
         own = {task: parts for (of, task), parts in steps.untrained.items() if of == model}
         cells.append(
             {
                 "name": f"{model}/untrained",
+                "label": f"{model}, untrained",
                 "steps": {task: _state(parts) for task, parts in own.items()},
                 "metrics": {},
             }
@@ -240,7 +248,15 @@ def make_cells(steps) -> list[dict[str, Any]]:
         seconds |= {task: parts[0].seconds for task, parts in own.items() if parts[0].seconds}
         found = (own[cell.task][0].result or {}).get("metrics", {}) if cell.task in own else {}
         metrics = {name: found[name]["mean"] for name in _SHOWN if found.get(name, {}).get("mean") is not None}
-        cells.append({"name": cell.name, "steps": states, "metrics": metrics, "seconds": seconds})
+        cells.append(
+            {
+                "name": cell.name,
+                "label": steps.settings.label(cell),
+                "steps": states,
+                "metrics": metrics,
+                "seconds": seconds,
+            }
+        )
     return cells
 
 

@@ -4,10 +4,12 @@
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from ..utils.screen import duration
+from .number import METRIC_LABELS
 
 
 _STATES = {
@@ -17,6 +19,7 @@ _STATES = {
     "done": ("✓", "green"),
     "failed": ("✗", "bold red"),
 }
+_LABEL_WIDTH, _STATE_WIDTH = 22, 16
 _ACTIVE = ("running", "elsewhere")
 
 
@@ -25,9 +28,9 @@ def live_table(cells: list[dict[str, Any]], max_rows: int = 20) -> Table:
     Where a grid stands, a line a cell, for [`~rich.live.Live`] or to print.
 
     Args:
-        cells (`list[dict[str, Any]]`): In the order in which they run: `"name"` (`str`), `"steps"` (`dict[str, str]`, step →
-            `"waiting"`, `"running"`, `"elsewhere"` (another process has it), `"done"` or `"failed"`), `"metrics"`
-            (`dict[str, float]`, as they come) and, if known, `"seconds"` (`dict[str, float]`, by step).
+        cells (`list[dict[str, Any]]`): In the order in which they run: `"name"` and `"label"` (`str`; the short one is for the
+            table), `"steps"` (`dict[str, str]`, step → `"waiting"`, `"running"`, `"elsewhere"` (another process has it), `"done"`
+            or `"failed"`), `"metrics"` (`dict[str, float]`, as they come) and, if known, `"seconds"` (`dict[str, float]`, by step).
         max_rows (`int`, *optional*, defaults to `20`): Cells that are shown. If there are more, those around the running ones, or
             around the first that waits; the caption counts the others.
 
@@ -35,21 +38,17 @@ def live_table(cells: list[dict[str, Any]], max_rows: int = 20) -> Table:
         [`~rich.table.Table`]: Its caption sums up all cells.
     """
     first, last = _window([_state(cell) for cell in cells], max_rows)
-    steps = list(dict.fromkeys(step for cell in cells for step in cell["steps"]))
     metrics = list(dict.fromkeys(metric for cell in cells[first:last] for metric in cell["metrics"]))
     caption = _summary(cells, first, last)
-    table = Table(caption=caption, caption_justify="left", caption_style="", min_width=len(caption))
-    table.add_column("cell", overflow="fold", min_width=20)
-    for step in steps:
-        table.add_column(Text(step), no_wrap=True)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left", caption_style="")
+    table.add_column("run", overflow="fold", min_width=_LABEL_WIDTH)
+    table.add_column("state", no_wrap=True, min_width=_STATE_WIDTH, max_width=_STATE_WIDTH)
     for metric in metrics:
-        table.add_column(Text(metric), justify="right", overflow="fold")
+        name = METRIC_LABELS.get(metric, metric.split("/")[0])
+        table.add_column(Text(name), justify="right", max_width=max(8, *map(len, name.split())))
     for cell in cells[first:last]:
-        table.add_row(
-            Text(cell["name"]),
-            *(_step(cell, step) for step in steps),
-            *(Text(_metric(cell["metrics"].get(metric))) for metric in metrics),
-        )
+        values = (Text(_metric(cell["metrics"].get(metric))) for metric in metrics)
+        table.add_row(Text(cell["label"]), _progress(cell), *values)
     return table
 
 
@@ -107,17 +106,18 @@ def _summary(cells: list[dict[str, Any]], first: int, last: int) -> Text:
     return Text(text)
 
 
-def _step(cell: dict[str, Any], step: str) -> Text:
-    state = cell["steps"].get(step)
-    if state is None:
-        return Text("–", style="dim")
+def _progress(cell: dict[str, Any]) -> Text:
+    state, steps = _state(cell), cell["steps"]
     sign, style = _STATES[state]
-    seconds = cell.get("seconds", {}).get(step)
-    if seconds is None:
-        return Text(f"{sign} {state}", style=style)
-    return Text(
-        f"{sign} {duration(seconds)}" if state == "done" else f"{sign} {state} {duration(seconds)}", style=style
-    )
+    of_state = [step for step, own in steps.items() if own == state]
+    done, seconds = [*steps.values()].count("done"), sum(cell.get("seconds", {}).values())
+    if state == "done":
+        text = duration(seconds) if seconds else "done"
+    elif state == "waiting":
+        text = f"{done} of {len(steps)} done" if done else "waiting"
+    else:
+        text = ", ".join(of_state) + (" failed" if state == "failed" else "")
+    return Text(f"{sign} {text}", style=style)
 
 
 def _metric(value: float | None) -> str:

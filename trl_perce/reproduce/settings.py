@@ -159,6 +159,15 @@ class Settings:
         clip = (own.get("weight_clip_min", clip[0]), own.get("weight_clip_max", clip[1]))
         return Cell(model, task, method, own.get("learning_rate", learning_rate), clip, seed)
 
+    def label(self, cell: Cell) -> str:
+        """A run's name in what the grid's runs differ in."""
+        low, high = cell.clip
+        parts = [cell.model] if len(self.models) > 1 else []
+        parts += [cell.task, cell.method]
+        parts += [f"lr={cell.learning_rate:g}"] if len(self.learning_rates) > 1 else []
+        parts += [f"clip={low:g}–{high:g}"] if len(self.clip_ranges) > 1 else []
+        return ", ".join([*parts, f"seed={cell.seed}"])
+
     def evaluated_tasks(self, cell: Cell) -> list[str]:
         """On what a run is evaluated: its own task first."""
         others = [
