@@ -157,6 +157,9 @@ def test_an_empty_column_is_no_persona(empty):
         ({"messages": [{"role": "assistant", "content": "<persona>c</persona>"}]}, "is in the response"),
         ({"prompt": "a {persona}", "completion": "c", "persona": ["I", "sew"]}, "holds a list. Write one string"),
         ({"prompt": "a"}, "column 'completion' is missing"),
+        ({"messages": []}, "'messages' is an empty list"),
+        ({"conversations": []}, "'messages' is an empty list"),
+        ({"prompt": [], "completion": [{"role": "assistant", "content": "c"}]}, "'prompt' is an empty list"),
         ({"question": "a"}, "column 'text' is missing"),
     ],
 )

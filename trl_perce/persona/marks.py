@@ -148,6 +148,7 @@ def mark_persona(
             unknown.
     """
     example = maybe_convert_to_chatml(example)
+    _check_messages(example)
     _remove_none(example)
     _merge_template_kwargs(example, template_kwargs)
     _name_roles(example)
@@ -259,6 +260,15 @@ def _check_not_missing(persona: str) -> None:
             f"the persona is {persona.strip()!r}, as a missing value becomes when it is written as text. Leave the persona empty "
             "where there is none (in pandas: `df['persona'].fillna('')`)."
         )
+
+
+def _check_messages(example: dict[str, Any]) -> None:
+    """Raise a `PersonaError` where a row in ChatML has no message: TRL tells a conversation by its first one."""
+    for column in ("prompt", "messages"):
+        if isinstance(example.get(column), list) and not example[column]:
+            raise PersonaError(
+                f"column {column!r} is an empty list. Write the conversation's messages, or remove the row."
+            )
 
 
 def _check_response(example: dict[str, Any]) -> None:
