@@ -232,6 +232,14 @@ def test_comparisons_are_paired_by_row_and_seed(grid, capsys):
     low, high = compared["interval"]
     assert min(differences) <= low <= compared["difference"] <= high <= max(differences)
     assert "trained on food, tested on crafts (4 rows)" in (out / "comparisons.md").read_text()
+    capsys.readouterr()
+    assert run("--tables_only") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert max(map(len, printed)) <= 80
+    start = printed.index("tiny, food, tested on crafts (4 rows)")
+    (line,) = [line.split() for line in printed[start : start + 8] if line.strip().startswith("perce ")]
+    figures = [f"{compared['difference']:+.3f}", f"[{low:+.3f},", f"{high:+.3f}]"]
+    assert [figure.replace("-", "−") for figure in figures] == line[-3:]
     assert run("--tables_only", "--baseline", "perce") == 0
     (turned,) = (
         own
@@ -468,7 +476,7 @@ def test_on_a_terminal_the_table_stays_there_and_the_output_goes_to_logs(tiny_mo
             shown += chunk
     assert process.wait(timeout=100) == 0
     text = shown.decode()
-    assert "tiny/untrained" in text and "running" in text and "Table 1" in text and "comparisons.md" in text
+    assert "tiny, untrained" in text and "▶ train" in text and "log P personal" in text and "comparisons.md" in text
     (log,) = tmp_path.rglob("train.log")
     assert "Training completed" in log.read_text() and "Training completed" not in text
     (log,) = tmp_path.glob("out/runs/**/evaluate.log")

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..utils.screen import WIDTH
+from ..utils.screen import WIDTH, fit
 from .common import disable_progress_bars
 
 
@@ -277,12 +277,11 @@ def _write_tables(steps, numbers: list[int] | None, baseline: str, console) -> N
     """Write the records and the tables, and say where they are."""
     from functools import partial
 
-    from rich.markdown import Markdown
-
     from trl_perce.reproduce.compare import compare_methods, write_comparisons
     from trl_perce.reproduce.frontier import write_frontiers
     from trl_perce.reproduce.paper import QUOTES, load_quotes, quoted
     from trl_perce.reproduce.records import make_records
+    from trl_perce.reproduce.summary import summary_tables
     from trl_perce.reproduce.tables import write_tables
     from trl_perce.utils.files import write_json
 
@@ -297,9 +296,7 @@ def _write_tables(steps, numbers: list[int] | None, baseline: str, console) -> N
     # the line of methods without weights starts at plain CE
     plots = write_frontiers(comparisons, folder, without_weights) if baseline == "ce" else []
     paths += [*write_comparisons(comparisons, folder, plots, baseline), *plots]
-    if console.is_terminal:
-        console.print(Markdown(paths[0].read_text(encoding="utf-8")))
-    console.print(
-        f"{len(records)} figures in records.json; written to {folder}: {', '.join(path.name for path in paths)}",
-        markup=False,
-    )
+    for table in summary_tables(comparisons, baseline):
+        console.print(table)
+    files = ", ".join(["records.json", *(path.name for path in paths)])
+    console.print(fit(f"Differences with 95 % intervals. Written to {folder}: {files}"), markup=False)

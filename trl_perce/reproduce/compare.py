@@ -148,7 +148,7 @@ def write_comparisons(
             ["seeds", *(len(seeds) or "–" for *_, seeds in by_run)],
         ]
         lines += [
-            [_heading(measure), *(_cell(found.get(measure.name)) for found in by_run.values())] for measure in shown
+            [heading(measure), *(cell_text(found.get(measure.name)) for found in by_run.values())] for measure in shown
         ]
         rows = max(c["rows"] for c in own)
         parts.append(f"## {model}, trained on {trained}, tested on {task} ({rows} rows)")
@@ -163,11 +163,13 @@ def write_comparisons(
     return paths
 
 
-def _heading(measure: Measure) -> str:
+def heading(measure: Measure) -> str:
+    """A measure with its unit, where it has one."""
     return f"{measure.heading} ({measure.unit})" if measure.unit in ("nats", "words", "share") else measure.heading
 
 
-def _cell(compared: dict[str, Any] | None) -> str:
+def cell_text(compared: dict[str, Any] | None) -> str:
+    """A difference and its interval, in Markdown: bold where it does not hold 0; or a mean, where there is nothing to compare with."""
     if compared is None:
         return "–"
     if compared["difference"] is None:
