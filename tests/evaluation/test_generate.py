@@ -66,6 +66,18 @@ def greedy_by_hand(model, ids, stop, steps=12, negative=None, scale=1.0):
     return made
 
 
+def test_the_head_gets_tensors_of_their_own(tiny_model, tokenizer, arguments):
+    """PyTorch 2.13 multiplies a slice with frozen weights in as many copies of them as there are rows."""
+    generator = TransformersGenerator(tiny_model, tokenizer, arguments())
+    head = generator.model.requires_grad_(False).get_output_embeddings()
+    plain = texts(generator)
+    got = []
+    with head.register_forward_hook(lambda module, inputs, output: got.append(inputs[0])):
+        assert texts(generator) == plain
+    assert got[0].shape[:2] == (len(ROWS), 1) and all(states.is_contiguous() for states in got)
+    assert not head._forward_pre_hooks
+
+
 # ── prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

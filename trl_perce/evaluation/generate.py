@@ -331,12 +331,24 @@ class TransformersGenerator(_Generator):
         """The model in evaluation mode, and back as it was."""
         keep_4bit_weights_trainable_on_cpu(self._base)
         training = {module: module.training for module in self.model.modules()}
+        head = self._base.get_output_embeddings()
+        hook = None if head is None else head.register_forward_pre_hook(_make_contiguous)
         try:
             self.model.eval()
             yield
         finally:
+            if hook is not None:
+                hook.remove()
             for module, mode in training.items():
                 module.training = mode
+
+
+def _make_contiguous(head: torch.nn.Module, arguments: tuple) -> tuple:
+    """
+    What comes into the head, as a tensor of its own. It is a slice, of each row's last token; PyTorch (2.13) on a CPU would copy the weights of a
+    head that is not trained once for each row: 16 GiB for 48 rows of Gemma 3's vocabulary.
+    """
+    return tuple(value.contiguous() if isinstance(value, torch.Tensor) else value for value in arguments)
 
 
 class VLLMGenerator(_Generator):
