@@ -293,7 +293,6 @@ def _write_tables(steps, numbers: list[int] | None, baseline: str, console) -> N
     paths = write_tables(records, dataclasses.asdict(steps.settings), folder, quoting, numbers)
     comparisons, methods = compare_methods(steps, baseline), steps.settings.methods
     without_weights = [name for name, fields in methods.items() if fields.get("token_weighting") == "uniform"]
-    # the line of methods without weights starts at plain CE
     plots = write_frontiers(comparisons, folder, without_weights) if baseline == "ce" else []
     paths += [*write_comparisons(comparisons, folder, plots, baseline), *plots]
     for table in summary_tables(comparisons, baseline):

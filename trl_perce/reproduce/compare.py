@@ -26,8 +26,8 @@ interval. With two or more seeds the interval is for new seeds and new users (cr
 with one seed it is for new users alone, and says nothing of other seeds. **Bold**: the interval does not hold 0. One in twenty would be
 bold by chance."""
 _CAPTION = """\
-Differences of log-likelihood to {baseline} over the same test rows, with 95 % intervals; {baseline} is at 0, 0. Up and right is better. The
-dashed line joins methods without weights, trained at another rate or for longer: what is above it is more than a larger step does."""
+Differences of log-likelihood to {baseline} over the same test rows, with 95 % intervals; {baseline} is at 0, 0. Up and right is better. Hollow
+marks are methods without weights, trained at another rate or for longer: what is above them is more than a larger step does."""
 
 
 def compare_methods(steps: Steps, baseline: str = "ce") -> list[dict[str, Any]]:

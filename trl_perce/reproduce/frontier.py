@@ -42,7 +42,7 @@ def draw_frontiers(
 
     Args:
         comparisons (`Sequence[dict[str, Any]]`): From [`~reproduce.compare.compare_methods`].
-        plain_methods (`Sequence[str]`): Methods without weights, which a line joins.
+        plain_methods (`Sequence[str]`): Methods without weights, whose marks are hollow.
         baseline (`str`, *optional*, defaults to `"ce"`): What was compared with.
 
     Yields:
@@ -84,19 +84,21 @@ def _draw(
     """A task's methods, with the baseline at 0, 0."""
     for line in (panel.axhline, panel.axvline):
         line(0.0, color=MUTED, linewidth=0.6, zorder=1)
-    look: dict[str, Any] = {"markersize": 7, "markeredgecolor": "white", "linestyle": "", "zorder": 5}
-    colour, mark = style_of(baseline, names)
-    panel.plot(0.0, 0.0, mark, color=colour, label=METHOD_LABELS.get(baseline, baseline), **look)
-    joined = [(0.0, 0.0)]
+
+    def draw(x: float, y: float, method: str, name: str) -> str:
+        colour, mark = style_of(method, names)
+        is_plain = method in plain_methods
+        look: dict[str, Any] = {"markersize": 7, "linestyle": "", "zorder": 5, "color": colour, "label": name}
+        look |= {"markeredgecolor": colour if is_plain else "white", "markeredgewidth": 1.6 if is_plain else 1.0}
+        panel.plot(x, y, mark, markerfacecolor="white" if is_plain else colour, **look)
+        return colour
+
+    draw(0.0, 0.0, baseline, METHOD_LABELS.get(baseline, baseline))
     for (method, rate, (low, high)), found in runs.items():
         name = METHOD_LABELS.get(method, method)
         if sum(other == method for other, *_ in runs) > 1:
             name += f" {rate_text(rate)} [{low:g}, {high:g}]"
-        colour, mark = style_of(method, names)
         x, y = found[OTHER]["difference"], found[PERSONAL]["difference"]
+        colour = draw(x, y, method, name)
         panel.plot(found[OTHER]["interval"], [y, y], color=colour, linewidth=1.2, alpha=0.6)
         panel.plot([x, x], found[PERSONAL]["interval"], color=colour, linewidth=1.2, alpha=0.6)
-        panel.plot(x, y, mark, color=colour, label=name, **look)
-        joined += [(x, y)] if method in plain_methods else []
-    if len(joined) > 1:
-        panel.plot(*zip(*sorted(joined), strict=True), color=MUTED, linewidth=1.0, linestyle="--", zorder=2)
