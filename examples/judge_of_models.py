@@ -55,10 +55,13 @@ def main() -> None:
 
 
 def read_runs(config: str) -> list[dict]:
-    """The means of a grid's evaluations of rows with options: of each model as it comes, and of each run on its own task."""
+    """
+    The means of a grid's evaluations of rows with options: of each model as it comes, and of each run on its own task. Tasks that are made of
+    another's rows have other questions, and are left out.
+    """
     steps = make_steps(load_settings(config))
     evaluations = [({"model": model, "task": task, "method": "untrained", "seed": -1}, parts[0])
-                   for (model, task), parts in steps.untrained.items()]  # fmt: skip
+                   for (model, task), parts in steps.untrained.items() if steps.settings.tasks[task].of is None]  # fmt: skip
     evaluations += [
         ({"model": cell.model, "task": task, "method": cell.method, "seed": cell.seed}, parts[0])
         for (cell, task), parts in steps.evaluate.items()
