@@ -33,7 +33,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("configs", nargs="+", metavar="config", help="YAML files of grids")
     args = parser.parse_args()
-    runs = pd.DataFrame([run for config in args.configs for run in read_runs(config)])
+    try:
+        runs = pd.DataFrame([run for config in args.configs for run in read_runs(config)])
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     if runs.empty:
         parser.exit(2, "There is no finished evaluation of rows with options in these grids.\n")
     runs = runs.drop_duplicates(["model", "task", "method", "seed"])

@@ -118,7 +118,8 @@ def workspace(tmp_path, tiny_model, tokenizer, monkeypatch):
         lines = [json.loads(text.replace("NUMBER", str(index))) for index, text in enumerate(texts)]
         write_splits(tmp_path / "data" / folder, train=lines[:10], test=lines[10:])
     _write_raw_data(tmp_path)
-    (tmp_path / ".cache" / "SmolLM2-135M-Instruct").mkdir(parents=True)  # from examples/smollm2.py
+    for model in ("SmolLM2-135M-Instruct", "gemma-3-270m"):  # from examples/smollm2.py and gemma3.py
+        (tmp_path / ".cache" / model).mkdir(parents=True)
     write_lines(tmp_path / "my-secrets.jsonl", rows)
     (tmp_path / "me.txt").write_text("I sew my own dresses.")
     for name in ("my-adapter", "ce", "perce"):
