@@ -2,10 +2,10 @@
 
 import json
 
-import judge_of_models
 import yaml
 from scipy.stats import spearmanr
 
+import judge_of_models
 from trl_perce.cli.reproduce import make_steps
 from trl_perce.reproduce.settings import load_settings
 
