@@ -20,6 +20,8 @@ from .steps import Steps
 
 # Values of the rows of an evaluation, and their users
 Evaluation = tuple[Values, list[str]]
+# (method, learning rate, bounds, seeds) → metric → comparison
+Runs = dict[tuple, dict[str, dict[str, Any]]]
 _EXPLANATION = """\
 Of the untrained model and of {baseline} means; of other methods the mean difference to {baseline} over the same test rows, and its 95 %
 interval. With two or more seeds the interval is for new seeds and new users (crossed random effects: `utils.statistics.mean_over_seeds`);
@@ -134,13 +136,8 @@ def write_comparisons(
     """
     folder = Path(folder)
     parts = [f"# Against {baseline}", _EXPLANATION.format(baseline=baseline)]
-    for model, trained, task in dict.fromkeys((own["model"], own["train_task"], own["task"]) for own in comparisons):
-        own = [c for c in comparisons if (c["model"], c["train_task"], c["task"]) == (model, trained, task)]
-        shown = [measure for measure in MEASURES if any(c["metric"] == measure.name for c in own)]
-        by_run: dict[tuple, dict[str, Any]] = {}
-        for c in own:
-            run = c["method"], c["learning_rate"], tuple(c["clip"] or ()), tuple(c["seeds"])
-            by_run.setdefault(run, {})[c["metric"]] = c
+    for (model, trained, task), by_run in by_task(comparisons).items():
+        shown = measures_of(by_run)
         clips = [clip if method != baseline else () for method, _, clip, _ in by_run]
         lines: list[list[Any]] = [
             ["learning rate", *("–" if rate is None else f"{rate:g}" for _, rate, _, _ in by_run)],
@@ -150,8 +147,7 @@ def write_comparisons(
         lines += [
             [heading(measure), *(cell_text(found.get(measure.name)) for found in by_run.values())] for measure in shown
         ]
-        rows = max(c["rows"] for c in own)
-        parts.append(f"## {model}, trained on {trained}, tested on {task} ({rows} rows)")
+        parts.append(f"## {model}, trained on {trained}, tested on {task} ({rows_of(by_run)} rows)")
         parts.append(table(["", *(method for method, *_ in by_run)], lines))
     if plots:
         parts.append(_CAPTION.format(baseline=baseline))
@@ -161,6 +157,26 @@ def write_comparisons(
     for path, text in zip(paths, ("\n\n".join(parts), json.dumps(comparisons, indent=1)), strict=True):
         write_text(path, text + "\n")
     return paths
+
+
+def by_task(comparisons: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], Runs]:
+    """Comparisons by model, task of training and task of evaluation; in each by run, and by metric."""
+    found: dict[tuple[str, str, str], Runs] = {}
+    for own in comparisons:
+        run = own["method"], own["learning_rate"], tuple(own["clip"] or ()), tuple(own["seeds"])
+        runs = found.setdefault((own["model"], own["train_task"], own["task"]), {})
+        runs.setdefault(run, {})[own["metric"]] = own
+    return found
+
+
+def measures_of(runs: Runs) -> list[Measure]:
+    """Which measures there are of any run, in their order."""
+    return [measure for measure in MEASURES if any(measure.name in found for found in runs.values())]
+
+
+def rows_of(runs: Runs) -> int:
+    """The most rows that a measure of any run is over."""
+    return max(own["rows"] for found in runs.values() for own in found.values())
 
 
 def heading(measure: Measure) -> str:

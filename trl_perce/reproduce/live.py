@@ -109,14 +109,16 @@ def _summary(cells: list[dict[str, Any]], first: int, last: int) -> Text:
 def _progress(cell: dict[str, Any]) -> Text:
     state, steps = _state(cell), cell["steps"]
     sign, style = _STATES[state]
-    of_state = [step for step, own in steps.items() if own == state]
-    done, seconds = [*steps.values()].count("done"), sum(cell.get("seconds", {}).values())
     if state == "done":
+        seconds = sum(cell.get("seconds", {}).values())
         text = duration(seconds) if seconds else "done"
     elif state == "waiting":
+        done = [*steps.values()].count("done")
         text = f"{done} of {len(steps)} done" if done else "waiting"
     else:
-        text = ", ".join(of_state) + (" failed" if state == "failed" else "")
+        text = ", ".join(step for step, own in steps.items() if own == state) + (
+            " failed" if state == "failed" else ""
+        )
     return Text(f"{sign} {text}", style=style)
 
 

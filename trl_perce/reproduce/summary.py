@@ -8,11 +8,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from .compare import cell_text, heading
-from .measures import MEASURES
-
-
-_FIRST = ("log_likelihood/personal", "log_likelihood/other")
+from .compare import by_task, cell_text, heading, measures_of, rows_of
+from .measures import OTHER, PERSONAL
 
 
 def summary_tables(comparisons: list[dict[str, Any]], baseline: str = "ce") -> list[Table]:
@@ -29,17 +26,13 @@ def summary_tables(comparisons: list[dict[str, Any]], baseline: str = "ce") -> l
             first two measures.
     """
     tables = []
-    for model, trained, task in dict.fromkeys((own["model"], own["train_task"], own["task"]) for own in comparisons):
-        by_run: dict[tuple, dict[str, Any]] = {}
-        for own in comparisons:
-            if (own["model"], own["train_task"], own["task"]) == (model, trained, task):
-                run = own["method"], own["learning_rate"], tuple(own["clip"] or ()), len(own["seeds"])
-                by_run.setdefault(run, {})[own["metric"]] = own
-        there = [measure for measure in MEASURES if any(measure.name in found for found in by_run.values())]
-        shown = [measure for measure in there if measure.name in _FIRST] or there[:2]
+    for (model, trained, task), by_run in by_task(comparisons).items():
+        there = measures_of(by_run)
+        shown = [measure for measure in there if measure.name in (PERSONAL, OTHER)] or there[:2]
         tested = "" if task == trained else f", tested on {task}"
-        rows = max(own["rows"] for found in by_run.values() for own in found.values())
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"{model}, {trained}{tested} ({rows} rows)")
+        table = Table(
+            box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"{model}, {trained}{tested} ({rows_of(by_run)} rows)"
+        )
         table.title_justify, table.title_style = "left", "bold"
         table.add_column(f"against {baseline}", overflow="fold", max_width=20)
         table.add_column("seeds", justify="right")
@@ -52,7 +45,7 @@ def summary_tables(comparisons: list[dict[str, Any]], baseline: str = "ce") -> l
             name = method + (f", lr={rate:g}" if len({run[1] for run in others}) > 1 else "")
             name += f", clip={clip[0]:g}–{clip[1]:g}" if len({run[2] for run in others}) > 1 else ""
             texts = (_text(cell_text(found.get(measure.name))) for measure in shown)
-            table.add_row(Text(name), str(seeds or "–"), *texts)
+            table.add_row(Text(name), str(len(seeds) or "–"), *texts)
         tables.append(table)
     return tables
 
