@@ -120,8 +120,10 @@ def main(argv: list[str] | None = None) -> dict:
         parser.exit(2, "continuous batching does not go with this model, as logged above\n")
     texts: dict[str, dict[int, str]] = {}
     figures: dict[str, list[dict]] = {name: [] for name in generators}
-    for generator in generators.values():
-        measure(generator, prompts[:WARM_UP])
+    for name, generator in generators.items():  # a run that is stopped shows where its time went
+        print(f"{name}: warming up", file=sys.stderr, flush=True)
+        _, own = measure(generator, prompts[:WARM_UP])
+        print(f"{name}: {WARM_UP} rows to warm up in {own['seconds']:.1f} s", file=sys.stderr, flush=True)
     for _ in range(args.rounds):
         for name, generator in generators.items():
             texts[name], own = measure(generator, prompts)

@@ -7,10 +7,13 @@
 #   bash examples/benchmarks/offline.sh run OUT M …   there, with .gpu/ in its place: gpu.py with further arguments, into OUT, over
 #                                                     within M minutes, the unpacking included
 #
+#   bash examples/benchmarks/offline.sh results OUT W there, after `--only helps --work_dir W`: what its runs measured, without weights
+#
 # Where 64 MB are carried at a time, and 15 minutes are lent:
-#   1. .gpu/packages.tgz and .gpu/model-0:  bash examples/benchmarks/offline.sh run $OUT 6.5 --only right cost where fits generation
-#   2. .gpu/model-1, on the same machine:   bash examples/benchmarks/offline.sh run $OUT 6 --only helps
-# and here, with the folders that came back:  python examples/benchmarks/gpu.py --merge FOLDER FOLDER --output_dir examples
+#   1. .gpu/packages.tgz and .gpu/model-0:  bash examples/benchmarks/offline.sh run $OUT 3.5 --only right generation where
+#   2. .gpu/model-1, on the same machine:   bash examples/benchmarks/offline.sh run $OUT 8.5 --only helps --work_dir /tmp/work
+#                                           and then bash examples/benchmarks/offline.sh results $OUT /tmp/work
+# and here, with the folders that came back:  python examples/benchmarks/gpu.py --merge examples FOLDER FOLDER --output_dir examples
 #
 # .gpu/packages.tgz holds the packages and the data of `helps`, .gpu/model-0 and .gpu/model-1 the halves of
 # SmolLM2-135M-Instruct's file (47 MB each), so that each fits where little is carried at a time. Only `helps` needs the model.
@@ -51,6 +54,11 @@ run() {
 	fi
 	python3 examples/benchmarks/gpu.py --output_dir "$out" --data .gpu/data \
 		--minutes "$(python3 -c "print($minutes - $SECONDS / 60 - 0.2)")" "$@"
+}
+
+results() {
+	tar -C "$2/helps" --exclude='scores*' --exclude='*.safetensors' --exclude='*.bin' --exclude='*.lock' --exclude=tokenizer.json \
+		--exclude=trainer_state.json --exclude=grid/data -cf - . | xz -T0 -2 >"$1/helps.tar.xz"
 }
 
 "$@"
