@@ -47,8 +47,8 @@ def main() -> None:
     folder = ensure_smollm2()
     arguments = ["--config", RECIPE, "--model_name_or_path", os.path.relpath(folder), "--output_dir", OUTPUT]
     console.rule("Train")
-    options = " \\\n    ".join(f"{name} {value}" for name, value in zip(arguments[::2], arguments[1::2], strict=True))
-    console.print(f"$ trl-perce train {options}\n", soft_wrap=True)
+    pairs = (f"{name} {value}" for name, value in zip(arguments[::2], arguments[1::2], strict=True))
+    console.print(" \\\n    ".join(["$ trl-perce train", *pairs]) + "\n", soft_wrap=True)
 
     from trl_perce.cli import train
 
