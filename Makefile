@@ -16,7 +16,7 @@ test: $(VENV)/ready .cache/deepspeed chromium
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # All that is claimed of GPUs, on the one at hand, within MINUTES. Writes outputs/gpu/gpu.md; its figures go into examples/.
-MINUTES ?= 9
+MINUTES ?= 17
 gpu: $(VENV)/ready
 	@$(BIN)/python examples/smollm2.py >/dev/null
 	@$(BIN)/python examples/benchmarks/gpu.py --minutes $(MINUTES)
