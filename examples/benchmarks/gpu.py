@@ -4,7 +4,7 @@
 Everything that this library claims of GPUs, proven on the one at hand, in minutes.
 
     python examples/benchmarks/gpu.py --minutes 17 --output_dir outputs/gpu     # or `make gpu`
-    python examples/benchmarks/gpu.py --rehearse                               # the same on CPU with tiny models
+    python examples/benchmarks/gpu.py --rehearse                                # the same on CPU with tiny models
 
 The sections run in this order, each in a process of its own with a time limit of its own:
 
@@ -99,8 +99,9 @@ def _generation(args):
 
 
 def _helps(args):
-    # A small model's step waits for the host: one process for each core but two
-    shape = ["--processes", str(max(1, (os.cpu_count() or 1) - 2))]
+    # A small model's step waits for the host: one process for each core but two, where the card has 5 GiB for each
+    processes = min((os.cpu_count() or 1) - 2, int(device().get("memory_gib", 0) // 5))
+    shape = ["--processes", str(max(1, processes))]
     if args.rehearse:
         shape = ["--rows", "4", "--seeds", "0", "--methods", "ce", "perce_frozen"]
     return [[f"{HERE}/helps.py", "--model", str(args.model), "--data", str(args.data), *shape]]
@@ -262,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     add(
         "--work_dir",
         type=Path,
-        help="Keeps what the sections write, such as the runs of `helps`, which go on from there. Default: a temporary folder.",
+        help="Keeps what the sections write, such as the runs of `helps`, which go on from there; the rest begins anew. Default: a temporary folder.",
     )
     add("--data", default=ROOT.parent / "shared" / "data", help="For `helps`: folder with persona_chat and prefeval.")
     add(
@@ -288,7 +289,8 @@ def main(arguments: list[str] | None = None) -> int:
         for name in args.only:
             section, folder, started = SECTIONS[name], (args.work_dir or Path(temporary)) / name, time.monotonic()
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "log").unlink(missing_ok=True)
+            for stale in filter(None, ("log", section.result)):  # what an earlier run found is not this one's
+                (folder / stale).unlink(missing_ok=True)
             limit, reason, log = min(section.seconds, end - started), why_not(name, args), ""
             if reason is None and limit < 5:
                 reason = "no time was left"

@@ -7,8 +7,7 @@ a CPU.
     python examples/benchmarks/helps.py --model .cache/SmolLM2-135M-Instruct --data ../shared/data --processes 8
 
 Writes helps.json and helps.md (each method against plain CE) whenever steps have ended. Runs come seed after seed, so that a grid that is
-stopped has whole comparisons. What is in the folder already is not run again: `--processes 0 --baseline perce` compares what is there with
-PerCE, in helps-perce.json and helps-perce.md. METEOR, which needs NLTK's data, is left out.
+stopped has whole comparisons. What is in the folder already is not run again. METEOR, which needs NLTK's data, is left out.
 """
 
 import argparse
@@ -83,13 +82,11 @@ def report(args: argparse.Namespace, done: int) -> int:
     states = [step.state for step in steps.all()]
     now = states.count("done")
     if now > done:
-        comparisons = compare_methods(steps, args.baseline)
-        result = {"steps": [now, len(states)], "comparisons": comparisons}
-        write_json(args.output_dir / f"{args.name}.json", result)
-        pages = write_comparisons(comparisons, args.output_dir, baseline=args.baseline)
-        text = pages[0].read_text(encoding="utf-8")
+        comparisons = compare_methods(steps)
+        write_json(args.output_dir / "helps.json", {"steps": [now, len(states)], "comparisons": comparisons})
+        text = write_comparisons(comparisons, args.output_dir)[0].read_text(encoding="utf-8")
         text = re.sub("^# .*\n", f"{now} of {len(states)} steps of {args.recipe} are done.\n", text)
-        write_text(args.output_dir / f"{args.name}.md", text.replace("\n## ", "\n### "))
+        write_text(args.output_dir / "helps.md", text.replace("\n## ", "\n### "))
     return now
 
 
@@ -102,12 +99,10 @@ def main() -> int:
     add("--methods", nargs="+", help="Some of the grid's. Default: all.")
     add("--seeds", nargs="+", type=int, help="Default: the grid's.")
     add("--rows", type=int, help="At most so many rows of each kind, and short answers: a rehearsal.")
-    add("--baseline", default="ce", help="The method that the others are compared with. Default: ce.")
-    add("--processes", type=int, default=1, help="How many share the grid; 0: compare what is there. Default: 1.")
+    add("--processes", type=int, default=1, help="How many share the grid. Default: 1.")
     add("--output_dir", type=Path, default=Path("outputs/helps"), help="Default: outputs/helps.")
     add("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.name = "helps" if args.baseline == "ce" else f"helps-{args.baseline}"
     if args.work:
         return work(args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -118,8 +113,8 @@ def main() -> int:
         if time.monotonic() - looked > _SECONDS:
             done, looked = report(args, done), time.monotonic()
     report(args, done)
-    print((args.output_dir / f"{args.name}.md").read_text(encoding="utf-8"))
-    return max((worker.returncode for worker in workers), default=0)
+    print((args.output_dir / "helps.md").read_text(encoding="utf-8"))
+    return max(worker.returncode for worker in workers)
 
 
 if __name__ == "__main__":

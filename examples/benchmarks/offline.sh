@@ -6,8 +6,8 @@
 #   bash examples/benchmarks/offline.sh pack          here: what that machine lacks, into .gpu/ (Python 3.12, CUDA 13)
 #   bash examples/benchmarks/offline.sh run OUT M …   there, with .gpu/ in its place: gpu.py with further arguments, into OUT, over
 #                                                     within M minutes, the unpacking included
-#
-#   bash examples/benchmarks/offline.sh results OUT W there, after `--only helps --work_dir W`: what its runs measured, without weights
+#   bash examples/benchmarks/offline.sh results OUT W there, after `--only helps --work_dir W`: what its runs measured, without weights,
+#                                                     into OUT/helps.tar.xz
 #
 # Where 64 MB are carried at a time, and 15 minutes are lent:
 #   1. .gpu/packages.tgz and .gpu/model-0:  bash examples/benchmarks/offline.sh run $OUT 3.5 --only right generation where
