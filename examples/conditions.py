@@ -2,7 +2,8 @@
 
 """
 Where PerCE gains over CE, in a grid that `trl-perce reproduce` has made: by how personal a token is to the untrained model, by the length
-of the persona, by the share of personal tokens; and what the weights did in training.
+of the persona, by the share of personal tokens; and what the weights did in training. Beside the overlap of the answers stands what the
+persona itself would get, cut to an answer's length: copying alone.
 
     python examples/conditions.py recipes/reproduce/local.yaml
 
@@ -19,6 +20,7 @@ import numpy as np
 
 from trl_perce.cli.reproduce import make_steps
 from trl_perce.evaluation.likelihood import ratio_values
+from trl_perce.evaluation.metrics import text_metrics
 from trl_perce.reproduce.settings import load_settings
 from trl_perce.reproduce.steps import Steps
 from trl_perce.utils.files import read_lines
@@ -45,6 +47,7 @@ def main() -> None:
                     gains = [gains_of(runs[method][seed], runs["ce"][seed], task) for seed in seeds]
                     report(f"{model}, {task}, learning rate {rate:g}: {method}", untrained, users, gains, seeds)
             weights(task, runs)
+            overlap(task, evaluation.folder, runs)
 
 
 def find_runs(steps: Steps, model: str, task: str, rate: float) -> dict[str, dict[int, Path]]:
@@ -111,9 +114,7 @@ def name_of(low: float, high: float) -> str:
 
 def weights(task: str, runs: dict[str, dict[int, Path]]) -> None:
     """What the weights did in training: means over log lines and seeds."""
-    print(
-        f"\n### {task}: weights in training\n\n| method | mean weight | PIR > 1 at the start | at the end |\n|---|---:|---:|---:|"
-    )
+    title = f"\n### {task}: weights in training\n\n| method | mean weight | PIR > 1 at the start | at the end |\n|---|---:|---:|---:|\n"
     for method, by_seed in runs.items():
         logs = []
         for run in by_seed.values():
@@ -131,7 +132,33 @@ def weights(task: str, runs: dict[str, dict[int, Path]]) -> None:
                 [np.mean([log[end]["pir/personal_fraction"] for log in logs]) for end in (0, -1)] if has_pir else None
             )
             shares = f"{ends[0]:.1%} | {ends[1]:.1%}" if ends else "– | –"
-            print(f"| {method} | {mean:.2f} | {shares} |")
+            print(f"{title}| {method} | {mean:.2f} | {shares} |")
+            title = ""
+
+
+def overlap(task: str, untrained: Path, runs: dict[str, dict[int, Path]]) -> None:
+    """ROUGE-L and METEOR of the answers, and of the persona in the prompt, cut to as many words as CE's answers have."""
+    answers = {"untrained": answers_of(untrained)}
+    for method, by_seed in runs.items():
+        answers[method] = [line for run in by_seed.values() for line in answers_of(run / task)]
+    if not answers["untrained"] or not answers.get("ce"):
+        return
+    length = round(np.mean([len(line["prediction"].split()) for line in answers["ce"]]))
+    for name, folder in (("the persona", untrained), ("another user's persona", untrained / "swapped")):
+        answers[f"{name}, its first {length} words"] = [
+            line | {"prediction": " ".join(line["persona"].split()[:length])} for line in answers_of(folder)
+        ]
+    print(f"\n### {task}: overlap with the reference\n\n| answer | ROUGE-L | METEOR |\n|---|---:|---:|")
+    for name, lines in answers.items():
+        if lines:
+            texts = ([line[key] for line in lines] for key in ("prediction", "reference"))
+            scores = text_metrics(*texts, num_proc=1)
+            print(f"| {name} | {scores['rougeL'].mean():.3f} | {scores['meteor'].mean():.3f} |")
+
+
+def answers_of(folder: Path) -> list[dict]:
+    path = folder / "predictions.jsonl"
+    return [*read_lines(path)] if path.is_file() else []
 
 
 if __name__ == "__main__":
