@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from conftest import ROOT
 from trl_perce.cli import aloe, evaluate, train
@@ -254,6 +255,30 @@ def test_processes_share_the_steps(tmp_path):
     assert sorted(index for index, _ in ran) == list("012345")  # each by one of them
     assert ran[-1][0] == "5"  # it needs all others
     assert all("5 done" in output for output in outputs)
+
+
+def test_what_another_process_has_done_meanwhile_is_not_waited_for(tmp_path):
+    order = []
+    elsewhere, first, second, last = steps = [
+        make_step(tmp_path / name) for name in ("elsewhere", "first", "second", "last")
+    ]
+    for step in steps:
+        step.run = lambda name=step.folder.name: order.append(name) or {}
+    second.needs = (elsewhere,)
+    elsewhere.folder.mkdir()
+    lock = FileLock(elsewhere.folder / f".{elsewhere.kind}.lock")
+    lock.acquire()
+
+    def other_process_ends() -> dict:
+        elsewhere.path.write_text(
+            json.dumps({"settings": elsewhere.settings, "result": {"by": "another"}, "seconds": 1})
+        )
+        lock.release()
+        return order.append("first") or {}
+
+    first.run = other_process_ends
+    assert run_steps(steps, lambda step: None) == []
+    assert order == ["first", "second", "last"] and elsewhere.result == {"by": "another"}
 
 
 def test_a_killed_grid_goes_on(tmp_path):

@@ -103,6 +103,9 @@ def run_steps(steps: Iterable[Step], changed: Callable[[Step], None], wait: floa
     while pending:
         moved = False
         for step in pending:
+            for need in step.needs:
+                if need.state == "elsewhere":  # it may be done by now
+                    _try(need, changed)
             if any(need.state == "failed" for need in step.needs):
                 step.state = "failed"
             elif all(need.state == "done" for need in step.needs):
