@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from conftest import ROOT
 from trl_perce.history import encoders
-from trl_perce.history.entries import HistoryEntry, HistoryRow, to_examples
+from trl_perce.history.entries import HistoryEntry, HistoryRow, folded, gives_away, to_examples
 from trl_perce.history.retrieval import Retriever
 
 
@@ -43,6 +43,10 @@ needs_bm25s = pytest.mark.skipif(find_spec("bm25s") is None, reason="needs pip i
 def make_row(search, entries, response="the target", time=None, id="r", user="u"):
     entries = [HistoryEntry(text=e, search=e) if isinstance(e, str) else e for e in entries]
     return HistoryRow(id, user, PROMPT, response, tuple(entries), search, time)
+
+
+def words(start, end):
+    return " ".join(f"w{number}" for number in range(start, end))
 
 
 def timed(*times, response=None):
@@ -88,6 +92,47 @@ def test_never_the_target(method):
     assert sorted(Retriever(method)([make_row("tea", entries)])[0]) == [1, 2]
 
 
+@pytest.mark.parametrize(
+    "response, text, expected",
+    [
+        ("thank you", "thank you", True),
+        ("thank you", "oh, thank you all", False),  # too short to be a quotation
+        ("we met in the park", "he says that we met in the park today", True),
+        # Eight words at a time, and what is left over: 8 of 10, 8 of 11, 16 of 20, 16 of 24, 24 of 32, 32 of 40
+        (words(0, 10), words(0, 9) + " and so on", True),
+        (words(0, 11), words(0, 10) + " and so on", False),
+        (words(0, 20), words(0, 17) + " and so on", True),
+        (words(0, 24), words(0, 17) + " and so on", False),
+        (words(0, 32), words(0, 16) + " not " + words(24, 32), False),
+        (words(0, 40), words(0, 16) + " not " + words(24, 40), True),
+        (words(0, 7), words(0, 6), False),
+        (words(0, 40), "another opening: " + words(3, 40), True),
+    ],
+)
+def test_what_gives_a_response_away(response, text, expected):
+    assert gives_away(response, text) is expected
+
+
+@given(
+    st.lists(st.sampled_from("abcdefgh"), min_size=5, max_size=40),
+    st.text("xyz ", max_size=20),
+    st.text("xyz ", max_size=20),
+)
+def test_a_text_around_a_response_gives_it_away_and_one_without_its_words_does_not(response, before, after):
+    assert gives_away(" ".join(response), folded(f"{before} {' '.join(response)} {after}"))
+    assert not gives_away(" ".join(response), folded(f"{before} {after}"))
+
+
+def test_a_near_duplicate_of_the_response_is_not_retrieved_and_counted(caplog):
+    post = words(0, 60)
+    entries = [
+        HistoryEntry("x", "x", response=f"Another opening: {post.upper()}"),
+        HistoryEntry("y", "y", response=words(50, 90)),
+    ]
+    assert Retriever("recency")([make_row("tea", entries, response=post)]) == [[1]]
+    assert "1 entry holds the row's own response, or nearly all of it: not retrieved." in caplog.text
+
+
 @pytest.mark.parametrize("method", ["recency", "random", pytest.param("bm25", marks=needs_bm25s)])
 def test_never_later(method):
     assert sorted(Retriever(method)([make_row("text", timed(5, 1, 3, 4.9), time=5)])[0]) == [1, 2, 3]
@@ -117,7 +162,10 @@ def test_rows_without_entries_are_counted(caplog, tiny_bert):
     ]
     assert Retriever("recency")(rows) == [[], [], [], [1, 0]]
     assert "3 of 4 rows get no history entry: 1 have an empty history, of 2 every entry" in caplog.text
-    assert "2 entries may be retrieved; left out are 1 that hold the row's own response and 3 that are" in caplog.text
+    assert (
+        "2 entries may be retrieved; left out are 1 that hold the row's own response, or nearly all of it, and 3 that are"
+        in caplog.text
+    )
     assert Retriever(model=tiny_bert)(rows)[:3] == [[], [], []]
     assert Retriever(model="no/such-model")(rows[:3]) == [[], [], []]  # nothing to embed, so no model is loaded
     assert Retriever("random")([]) == []

@@ -15,6 +15,9 @@ from ..persona.marks import PLACEHOLDER
 
 # What training takes for marks of the persona, by default
 _MARKS = (PLACEHOLDER, "<persona>", "</persona>")
+# Words that make a quotation, words that are hardly the same by chance, and the share of these in a near-duplicate. Who ends each review
+# with the same long sentence does not write near-duplicates, however much of it that is.
+_QUOTATION, _RUN, _NEAR = 5, 8, 0.8
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class HistoryEntry:
         text (`str`): The entry as it stands in the prompt.
         search (`str`): What retrieval compares with the query.
         response (`str`, *optional*): The part of the entry that is of the same kind as a row's response (the text of a review,
-            an abstract). An entry whose response is the row's own is never retrieved.
+            an abstract). An entry whose response gives the row's own away ([`gives_away`]) is never retrieved.
         time (`float`, *optional*): When it was written, in any unit that orders. `None` where it is not known.
     """
 
@@ -94,6 +97,25 @@ def find_mark(texts: Iterable[str]) -> str | None:
 def folded(text: str) -> str:
     """A text without its case and white space, to tell whether two are the same."""
     return " ".join(text.casefold().split())
+
+
+def gives_away(response: str, text: str) -> bool:
+    """
+    Whether a text is a response, quotes it, or is its near-duplicate, such as the same post with another opening.
+
+    Args:
+        response (`str`): From [`folded`].
+        text (`str`): Likewise.
+
+    Returns:
+        `bool`: Whether the text holds four fifths of the response's words, in runs of eight. A response of
+            fewer than five words must be equal.
+    """
+    words = response.split()
+    if len(words) < _QUOTATION:
+        return response == text
+    runs = [words[at : at + _RUN] for at in range(0, len(words), _RUN)]
+    return sum(len(run) for run in runs if " ".join(run) in text) >= _NEAR * len(words)
 
 
 def to_example(row: HistoryRow, entries: Sequence[HistoryEntry]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from .entries import HistoryRow, folded
+from .entries import HistoryRow, folded, gives_away
 
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _candidates(rows: Sequence[HistoryRow]) -> list[list[int]]:
                     f"Row {row.id!r}: entry {index} of the history has no `time`, but the row has one, and no entry may be "
                     "later than the row. Give all entries a time, or the row none."
                 )
-            if entry.response is not None and folded(entry.response) == target:
+            if entry.response is not None and gives_away(target, folded(entry.response)):
                 num_targets += 1
             elif row.time is not None and entry.time is not None and not entry.time < row.time:
                 num_later += 1
@@ -176,13 +176,16 @@ def _candidates(rows: Sequence[HistoryRow]) -> list[list[int]]:
         candidates.append(indices)
     logger.info(
         f"Histories of {len(rows)} rows: {sum(map(len, candidates))} entries may be retrieved; left out are {num_targets} that "
-        f"hold the row's own response and {num_later} that are not earlier than the row"
+        f"hold the row's own response, or nearly all of it, and {num_later} that are not earlier than the row"
     )
+    if num_targets:
+        hold = "entry holds" if num_targets == 1 else "entries hold"
+        logger.warning(f"{num_targets} {hold} the row's own response, or nearly all of it: not retrieved.")
     num_empty = candidates.count([])
     if num_empty:
         logger.warning(
             f"{num_empty} of {len(rows)} rows get no history entry: {num_empty - num_excluded_rows} have an empty history, of "
-            f"{num_excluded_rows} every entry is the row's own response or not earlier than the row."
+            f"{num_excluded_rows} every entry holds the row's own response or is not earlier than the row."
         )
     return candidates
 

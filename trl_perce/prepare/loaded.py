@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from ..benchmarks.reading import Skips
-from ..history.entries import HistoryEntry, HistoryRow, find_mark, folded
+from ..history.entries import HistoryEntry, HistoryRow, find_mark, folded, gives_away
 from ..persona.marks import PLACEHOLDER
 from .arguments import PrepareArguments
 
@@ -70,17 +70,6 @@ def why_not(texts: Iterable[str], response: str, args: PrepareArguments) -> str 
     return None
 
 
-def gives_away(response: str, text: str) -> bool:
-    """
-    Whether a text is a response or holds it: a copy, a quotation.
-
-    Args:
-        response (`str`): From [`~trl_perce.history.entries.folded`].
-        text (`str`): Likewise. Fewer than five words are no quotation.
-    """
-    return response == text or (response.count(" ") >= 4 and response in text)
-
-
 def with_persona(row: HistoryRow, persona: str | None, skips: Skips) -> HistoryRow | None:
     """
     The row with its given persona; `None`, and counted, where there is none or it holds the response.
@@ -98,7 +87,7 @@ def with_persona(row: HistoryRow, persona: str | None, skips: Skips) -> HistoryR
         skips.add(NO_PERSONA)
         return None
     if gives_away(folded(row.response), folded(persona)):
-        skips.add("the persona holds the response")
+        skips.add("the persona holds the response, or nearly all of it")
         return None
     return replace(row, history=(HistoryEntry(persona, persona),), time=None)
 

@@ -10,7 +10,7 @@ from ..history.entries import HistoryEntry, HistoryRow, folded
 from ..persona.marks import PLACEHOLDER
 from .arguments import PrepareArguments
 from .columns import Columns
-from .loaded import Loaded, first_message, gives_away, why_not, with_persona
+from .loaded import Loaded, first_message, why_not, with_persona
 from .tables import Record
 
 
@@ -101,10 +101,10 @@ def _row(
         skips.add(reason)
         return None
     history: list[HistoryEntry] = []
-    target, known = folded(response), {one.folded}
+    known = {one.folded}
     for other in reversed(own if from_history else []):  # the latest first
         is_later = one.time is not None and other.time is not None and other.time >= one.time
-        if is_later or other.folded in known or gives_away(target, other.folded):
+        if is_later or other.folded in known:
             continue
         known.add(other.folded)
         text = f"{other.title}\n{other.text}" if other.title else other.text
