@@ -15,9 +15,10 @@ from ..persona.marks import PLACEHOLDER
 
 # What training takes for marks of the persona, by default
 _MARKS = (PLACEHOLDER, "<persona>", "</persona>")
-# Words that make a quotation, words that are hardly the same by chance, and the share of these in a near-duplicate. Who ends each review
-# with the same long sentence does not write near-duplicates, however much of it that is.
-_QUOTATION, _RUN, _NEAR = 5, 8, 0.8
+# In words: what makes a quotation, what is hardly the same by chance, and what is no mere title or set phrase
+_QUOTATION, _RUN, _LONG = 5, 8, 24
+# Share of a near-duplicate. Who ends each review with the same long sentence does not write near-duplicates
+_NEAR = 0.8
 
 
 @dataclass(frozen=True)
@@ -108,14 +109,14 @@ def gives_away(response: str, text: str) -> bool:
         text (`str`): Likewise.
 
     Returns:
-        `bool`: Whether the text holds four fifths of the response's words, in runs of eight. A response of
-            fewer than five words must be equal.
+        `bool`: Whether they are equal; or the text holds the response, if that has five words or more, or four fifths of its words, in
+            runs of eight, if it has 24 or more.
     """
     words = response.split()
-    if len(words) < _QUOTATION:
-        return response == text
-    runs = [words[at : at + _RUN] for at in range(0, len(words), _RUN)]
-    return sum(len(run) for run in runs if " ".join(run) in text) >= _NEAR * len(words)
+    if response == text or (len(words) >= _QUOTATION and response in text):
+        return True
+    runs = [words[at : at + _RUN] for at in range(0, len(words), _RUN)] if len(words) >= _LONG else []
+    return bool(runs) and sum(len(run) for run in runs if " ".join(run) in text) >= _NEAR * len(words)
 
 
 def to_example(row: HistoryRow, entries: Sequence[HistoryEntry]) -> dict[str, Any]:
