@@ -115,8 +115,10 @@ def gives_away(response: str, text: str) -> bool:
     words = response.split()
     if response == text or (len(words) >= _QUOTATION and response in text):
         return True
-    runs = [words[at : at + _RUN] for at in range(0, len(words), _RUN)] if len(words) >= _LONG else []
-    return bool(runs) and sum(len(run) for run in runs if " ".join(run) in text) >= _NEAR * len(words)
+    if len(words) < _LONG:
+        return False
+    runs = [words[at : at + _RUN] for at in range(0, len(words), _RUN)]
+    return sum(len(run) for run in runs if " ".join(run) in text) >= _NEAR * len(words)
 
 
 def to_example(row: HistoryRow, entries: Sequence[HistoryEntry]) -> dict[str, Any]:
