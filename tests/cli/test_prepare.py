@@ -255,8 +255,15 @@ def test_one_text_is_left_out_and_the_others_are_the_history(tmp_path, capsys):
         {"author": "ann", "title": "", "body": "one two three four five six seven eight nine ten eleven twelve"},
         {"author": "ann", "title": "A copy", "body": "He wrote: linen is STRONG, and I sew it."},
         {"author": "bob", "title": "Alone", "body": "There is nothing else of me."},
+        {"author": "eve", "title": "Once", "body": "I wrote this and no other text."},
+        {"author": "eve", "title": "Twice", "body": "As I said: I wrote this and no other text."},
     ]
     rows = {row["id"]: row for row in rows_of(tmp_path, write_lines(tmp_path / "posts.jsonl", posts), "--k", 9)}
+    assert summary(tmp_path)["left_out"] == {
+        "the user wrote nothing else, or nothing earlier": 1,
+        "what else the user wrote holds the response or is not earlier": 1,
+    }
+    del rows["6"]  # of "Twice", whose response the other text does not hold
     assert [*rows] == ["0", "1", "2", "3"]
     assert {*rows["1"]["persona"].split("\n\n")} == {
         f"{p['title']}\n{p['body']}".strip() for p in posts[:4] if p != posts[1]

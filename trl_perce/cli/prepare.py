@@ -6,7 +6,6 @@
     trl-perce prepare logs.jsonl --user_column user_id --persona_column notes --output_dir data
 """
 
-import logging
 import math
 import sys
 
@@ -61,7 +60,6 @@ def run(argv: list[str]) -> int:
     parser = make_parser()
     if not sys.stderr.isatty():
         disable_progress_bars()
-    logging.basicConfig(format="%(message)s")
     try:
         check_config_keys(parser, argv)
         args, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)

@@ -13,6 +13,7 @@ from .arguments import PrepareArguments
 
 NO_PERSONA = "the persona is empty"
 NO_HISTORY = "the user wrote nothing else, or nothing earlier"
+NO_OTHER_HISTORY = "what else the user wrote holds the response or is not earlier"
 
 
 @dataclass
@@ -72,7 +73,7 @@ def why_not(texts: Iterable[str], response: str, args: PrepareArguments) -> str 
 
 def with_persona(row: HistoryRow, persona: str | None, skips: Skips) -> HistoryRow | None:
     """
-    The row with its given persona; `None`, and counted, where there is none or it holds the response.
+    The row with its given persona; `None`, and counted, where there is none or it holds the response, or all entries of the history do.
 
     Args:
         row ([`~trl_perce.history.entries.HistoryRow`]): Its history is that of the user.
@@ -80,9 +81,11 @@ def with_persona(row: HistoryRow, persona: str | None, skips: Skips) -> HistoryR
         skips ([`~trl_perce.benchmarks.reading.Skips`]): Counts.
     """
     if persona is None:
-        if not row.history:
-            skips.add(NO_HISTORY)
-        return row if row.history else None
+        response = folded(row.response)
+        if any(entry.response is None or not gives_away(response, folded(entry.response)) for entry in row.history):
+            return row
+        skips.add(NO_OTHER_HISTORY if row.history else NO_HISTORY)
+        return None
     if not persona.strip():
         skips.add(NO_PERSONA)
         return None

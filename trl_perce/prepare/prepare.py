@@ -22,7 +22,7 @@ from ..utils.files import write_json, write_json_lines
 from .arguments import BENCHMARKS, PrepareArguments
 from .chats import load_chats
 from .columns import Columns, choose_format
-from .loaded import NO_HISTORY, Loaded
+from .loaded import NO_HISTORY, NO_OTHER_HISTORY, Loaded
 from .secrets import Secrets
 from .tables import Record, find_files, read_files
 from .texts import load_texts
@@ -227,8 +227,9 @@ class Preparation:
         if not self.loaded.from_history:
             return [to_example(row, row.history) for row in rows]
         examples = to_examples(rows, self.retriever(rows))
-        empty = sum(not example["persona"] for example in examples)
-        self.skips.add(NO_HISTORY, empty)
+        for row, example in zip(rows, examples, strict=True):
+            if not example["persona"]:
+                self.skips.add(NO_OTHER_HISTORY if row.history else NO_HISTORY)
         return [example for example in examples if example["persona"]]
 
     def write(self) -> dict[str, Any]:
