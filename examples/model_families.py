@@ -441,6 +441,7 @@ def masked_passes(model, row):
     distance = torch.arange(size)[:, None] - torch.arange(size)[None]
     masks = {
         "full_attention": seen,
+        "indexed_attention": seen,  # of which an indexer takes its share
         "sliding_attention": seen & (distance < WINDOW),
         "chunked_attention": seen & (torch.arange(size)[:, None] // WINDOW == torch.arange(size)[None] // WINDOW),
     }

@@ -13,8 +13,8 @@ The sections run in this order, each in a process of its own with a time limit o
 - `where`: where the time of a PerCE step goes (where_time_goes.py);
 - `fits`: the peak memory at 5,000 tokens, and into which card it fits (fits.py);
 - `generation`: how fast `trl-perce evaluate` writes (generation_speed.py);
-- `helps`: PerCE, its variants and CE on chats and PrefEval (helps.py, with the grid recipes/reproduce/local_weights.yaml), if --model and
-  --data are there.
+- `helps`: PerCE, its variants and CE on chats and PrefEval (helps.py, with the grid recipes/reproduce/local_weights.yaml or another
+  --recipe), if --model and --data are there.
 
 The moment a section ends, is stopped by its limit, or fails, gpu.json and gpu.md are written anew with what it found until then;
 gpu.log holds what it printed. `--only` runs some sections and keeps the others' results of the same folder. `--merge` puts the reports
@@ -104,7 +104,8 @@ def _helps(args):
     shape = ["--processes", str(max(1, processes))]
     if args.rehearse:
         shape = ["--rows", "4", "--seeds", "0", "--methods", "ce", "perce_frozen"]
-    return [[f"{HERE}/helps.py", "--model", str(args.model), "--data", str(args.data), *shape]]
+    grid = ["--recipe", str(args.recipe), "--model", str(args.model), "--data", str(args.data)]
+    return [[f"{HERE}/helps.py", *grid, *shape]]
 
 
 SECTIONS = {
@@ -259,6 +260,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--model",
         default=ROOT / ".cache" / "SmolLM2-135M-Instruct",
         help="For `helps`. Default: where smollm2.py puts it.",
+    )
+    add(
+        "--recipe",
+        type=Path,
+        default=Path("recipes/reproduce/local_weights.yaml"),
+        help="For `helps`: the grid. Default: recipes/reproduce/local_weights.yaml.",
     )
     add(
         "--work_dir",

