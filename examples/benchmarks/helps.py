@@ -6,7 +6,8 @@ a CPU.
 
     python examples/benchmarks/helps.py --model .cache/SmolLM2-135M-Instruct --data ../shared/data --processes 8
 
-Writes helps.json and helps.md (each method against plain CE) whenever steps have ended. Runs come seed after seed, so that a grid that is
+Writes helps.json and helps.md (each method against plain CE) whenever steps have ended; at the end the frontier's picture, and each method
+against --baselines. Runs come seed after seed, so that a grid that is
 stopped has whole comparisons. What is in the folder already is not run again. METEOR, which needs NLTK's data, is left out.
 """
 
@@ -21,6 +22,7 @@ from pathlib import Path
 from trl_perce.cli.common import disable_progress_bars
 from trl_perce.cli.reproduce import make_steps
 from trl_perce.reproduce.compare import compare_methods, write_comparisons
+from trl_perce.reproduce.frontier import write_frontiers
 from trl_perce.reproduce.grid import run_steps
 from trl_perce.reproduce.settings import load_settings
 from trl_perce.reproduce.steps import Steps
@@ -90,6 +92,17 @@ def report(args: argparse.Namespace, done: int) -> int:
     return now
 
 
+def finish(args: argparse.Namespace) -> None:
+    """What is asked of the grid once, at its end."""
+    steps = read_steps(args)
+    methods = steps.settings.methods
+    without_weights = [name for name, own in methods.items() if own.get("token_weighting") == "uniform"]
+    write_frontiers(compare_methods(steps), args.output_dir, without_weights)
+    for baseline in args.baselines:
+        if baseline in methods:
+            write_comparisons(compare_methods(steps, baseline), args.output_dir, baseline=baseline)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -98,6 +111,7 @@ def main() -> int:
     add("--data", type=Path, default=Path("../shared/data"), help="Folder with persona_chat and prefeval.")
     add("--methods", nargs="+", help="Some of the grid's. Default: all.")
     add("--seeds", nargs="+", type=int, help="Default: the grid's.")
+    add("--baselines", nargs="*", default=["perce", "ce_faster"], help="Beside CE. Default: perce ce_faster.")
     add("--rows", type=int, help="At most so many rows of each kind, and short answers: a rehearsal.")
     add("--processes", type=int, default=1, help="How many share the grid; 0 writes what is there. Default: 1.")
     add("--output_dir", type=Path, default=Path("outputs/helps"), help="Default: outputs/helps.")
@@ -113,6 +127,7 @@ def main() -> int:
         if time.monotonic() - looked > _SECONDS:
             done, looked = report(args, done), time.monotonic()
     report(args, done)
+    finish(args)
     print((args.output_dir / "helps.md").read_text(encoding="utf-8"))
     return max((worker.returncode for worker in workers), default=0)
 
