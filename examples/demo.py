@@ -28,6 +28,7 @@ from trl_perce import PerContrast
 from trl_perce.benchmarks.persona_qa import answer_tokens, load_rows
 from trl_perce.scoring.heatmap.pieces import most_personal
 from trl_perce.scoring.heatmap.terminal import print_heatmap
+from trl_perce.utils.bfloat16 import slow_bf16
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +48,9 @@ def main() -> None:
     folder = ensure_smollm2()
     arguments = ["--config", RECIPE, "--model_name_or_path", os.path.relpath(folder), "--output_dir", OUTPUT]
     console.rule("Train")
+    if slow_bf16():
+        arguments += ["--dtype", "float32", "--bf16", "false"]
+        console.print("This CPU is slow at the recipe's bfloat16, so it trains in float32.\n")
     pairs = (f"{name} {value}" for name, value in zip(arguments[::2], arguments[1::2], strict=True))
     console.print(" \\\n    ".join(["$ trl-perce train", *pairs]) + "\n", soft_wrap=True)
 

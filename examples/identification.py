@@ -67,6 +67,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default="drop",
         help="what PIR compares with (default drop)",
     )
+    parser.add_argument("--dtype", default="auto", help="of the model, such as float32 (default: its own)")
     parser.add_argument("--judge_base_url", help="endpoint of the judge, such as http://localhost:8000/v1")
     parser.add_argument("--judge_model", help="name of the judge as its server knows it")
     parser.add_argument("--judge_concurrency", type=int, default=4, help="requests at the same time (default 4)")
@@ -222,7 +223,8 @@ def main(arguments: list[str] | None = None) -> dict:
     from trl_perce import PerContrast
 
     loading = time.time()
-    scores = PerContrast(model, counterfactual=args.counterfactual).score(rows)
+    scorer = PerContrast(model, counterfactual=args.counterfactual, model_init_kwargs={"dtype": args.dtype})
+    scores = scorer.score(rows)
     scored = time.time() - loading
     tokens = [answer_tokens(row, row_scores) for row, row_scores in zip(rows, scores, strict=True)]
     pir, actual = (np.concatenate([getattr(row, name) for row in tokens]) for name in ("pir", "is_personal"))

@@ -8,7 +8,11 @@ from datasets import Dataset
 import trl_perce.trainer
 from conftest import make_tiny_model
 from trl_perce import PerCETrainer
+from trl_perce.utils.bfloat16 import slow_bf16
 
+
+# Of real models: a CPU without instructions for bfloat16 would take minutes
+FAST_DTYPE = "float32" if slow_bf16() else "bfloat16"
 
 LAYOUTS = {
     "packed": {"packing": True, "max_length": 40},

@@ -15,6 +15,7 @@ from conftest import ROOT, make_tiny_model
 from processes import adapter_of, assert_same_adapter, recipe, run
 from reference import make_rows, reference
 from rows import write_lines, write_splits
+from runs import FAST_DTYPE
 from trl_perce import PerCETrainer
 
 
@@ -201,12 +202,13 @@ def test_checkpointing_changes_nothing(make_args, tokenizer, checkpointing):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.loss, rel=1e-5)
 
 
-NF4 = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=torch.bfloat16,
-)
+def nf4(compute_dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
 
 
 def test_qlora_on_the_real_model(make_args, smollm2, tmp_path):
@@ -214,8 +216,8 @@ def test_qlora_on_the_real_model(make_args, smollm2, tmp_path):
     trainer = PerCETrainer(
         smollm2,
         make_args(
-            bf16=True,
-            model_init_kwargs={"dtype": "bfloat16"},
+            bf16=FAST_DTYPE == "bfloat16",
+            model_init_kwargs={"dtype": FAST_DTYPE},
             num_train_epochs=2,
             per_device_train_batch_size=4,
             learning_rate=1e-3,
@@ -223,7 +225,7 @@ def test_qlora_on_the_real_model(make_args, smollm2, tmp_path):
         ),
         train_dataset=Dataset.from_list(ROWS),
         eval_dataset=Dataset.from_list(ROWS[:3]),
-        quantization_config=NF4,
+        quantization_config=nf4(FAST_DTYPE),
         peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     layer = trainer.model.base_model.model.model.layers[0].mlp.up_proj.base_layer
@@ -262,7 +264,7 @@ def test_evaluation_of_a_4bit_model_does_not_spoil_its_gradients(make_args, smol
             train_dataset=rows,
             eval_dataset=rows,
             processing_class=smollm2_tokenizer,
-            quantization_config=NF4,
+            quantization_config=nf4("bfloat16"),
             peft_config=LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
         )
 

@@ -55,6 +55,7 @@ from .training.weighting import (
     perce_weights,
     personal_influence_ratio,
 )
+from .utils.bfloat16 import warn_of_slow_bf16
 from .utils.logger import get_logger
 
 
@@ -253,6 +254,7 @@ class PerCETrainer(CheckpointMixin, UploadMixin, ModelCheckMixin, SFTTrainer):
         if not has_accelerator():
             dtype = "bfloat16" if self.accelerator.mixed_precision == "bf16" else str(self.model.dtype).split(".")[-1]
             logger.warning(f"No accelerator: training on the CPU in {dtype}.")
+        warn_of_slow_bf16(self.model, torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None)
         check_4bit_weights_trainable(self.model)
         keep_4bit_weights_trainable_on_cpu(self.model)
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runs import FAST_DTYPE
 from trl_perce.benchmarks import persona_qa
 from trl_perce.benchmarks.persona_qa import (
     JUDGE_EXAMPLE,
@@ -321,7 +322,8 @@ def test_shipped_rows():
 def test_example(smollm2, tmp_path, capsys):
     from identification import main
 
-    results = main(["--model_name_or_path", smollm2, "--split", "test", "--output_dir", str(tmp_path)])
+    options = ["--dtype", FAST_DTYPE, "--output_dir", str(tmp_path)]
+    results = main(["--model_name_or_path", smollm2, "--split", "test", *options])
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
     assert (results["rows"], results["people"]) == (51, 17)
     methods = {line["method"]: line for line in results["methods"]}

@@ -197,6 +197,7 @@ def run_all(steps, console) -> list:
     from trl_perce.reproduce.grid import run_steps
     from trl_perce.reproduce.live import changed_lines, live_table
 
+    _say_if_slow(steps.settings, console)
     if console.is_terminal:
         table = live_table(make_cells(steps))
         with Live(table, console=console, refresh_per_second=2, redirect_stdout=False, redirect_stderr=False) as live:
@@ -211,6 +212,19 @@ def run_all(steps, console) -> list:
         shown = cells
 
     return run_steps(steps.all(), show)
+
+
+def _say_if_slow(settings, console) -> None:
+    """Each run would say it in a log of its own."""
+    from trl_perce.config import has_accelerator
+    from trl_perce.utils.bfloat16 import slow_bf16
+
+    on_cpu = settings.training.get("use_cpu") or not has_accelerator()
+    in_bf16 = settings.training.get("bf16") or any(
+        model.get("dtype") == "bfloat16" for model in settings.models.values()
+    )
+    if on_cpu and in_bf16 and (message := slow_bf16()):
+        console.print(fit(message), style="yellow", markup=False)
 
 
 def make_cells(steps) -> list[dict[str, Any]]:

@@ -40,6 +40,7 @@ from ..scoring.loading import find_adapter, load_model, load_scoring_tokenizer
 from ..scoring.preparation import Preparation
 from ..training.checks import keep_4bit_weights_trainable_on_cpu, load_tokenizer
 from ..training.estep import split_into_chunks
+from ..utils.bfloat16 import warn_of_slow_bf16
 from ..utils.logger import get_logger
 from ..utils.share import EVERYTHING, Share
 from .arguments import GenerationArguments
@@ -330,6 +331,7 @@ class TransformersGenerator(_Generator):
     def _generating(self):
         """The model in evaluation mode, and back as it was."""
         keep_4bit_weights_trainable_on_cpu(self._base)
+        warn_of_slow_bf16(self._base, autocast_dtype(self.args))
         training = {module: module.training for module in self.model.modules()}
         head = self._base.get_output_embeddings()
         hook = None if head is None else head.register_forward_pre_hook(_make_contiguous)

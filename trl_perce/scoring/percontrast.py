@@ -29,6 +29,7 @@ from ..training.fused_head import Head
 from ..training.model_check import ModelCheck
 from ..training.placement import check_placement, input_device
 from ..training.weighting import perce_weights, personal_influence_ratio
+from ..utils.bfloat16 import warn_of_slow_bf16
 from ..utils.share import EVERYTHING, Share
 from .loading import find_adapter, load_model, load_scoring_tokenizer
 from .preparation import UNTRAINED, Preparation, PreparedRows
@@ -316,6 +317,7 @@ class PerContrast:
         training = {module: module.training for module in self.model.modules()}
         own_forward = base.__dict__.get("forward")
         dtype = autocast_dtype(self.args)
+        warn_of_slow_bf16(base, dtype)
         try:
             self.model.eval()
             add_fused_lm_head(base)
