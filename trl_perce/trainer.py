@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
-from .config import PerCEConfig, copy_config, has_accelerator
+from .config import PerCEConfig, autocast_dtype, copy_config, has_accelerator
 from .hub.upload import make_repo
 from .hub.upload_mixin import UploadMixin
 from .persona.dataset import (
@@ -254,7 +254,7 @@ class PerCETrainer(CheckpointMixin, UploadMixin, ModelCheckMixin, SFTTrainer):
         if not has_accelerator():
             dtype = "bfloat16" if self.accelerator.mixed_precision == "bf16" else str(self.model.dtype).split(".")[-1]
             logger.warning(f"No accelerator: training on the CPU in {dtype}.")
-        warn_of_slow_bf16(self.model, torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None)
+        warn_of_slow_bf16(self.model, autocast_dtype(args))
         check_4bit_weights_trainable(self.model)
         keep_4bit_weights_trainable_on_cpu(self.model)
 

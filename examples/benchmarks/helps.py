@@ -7,8 +7,8 @@ a CPU.
     python examples/benchmarks/helps.py --model .cache/SmolLM2-135M-Instruct --data ../shared/data --processes 8
 
 Writes helps.json and helps.md (each method against plain CE) whenever steps have ended; at the end the frontier's picture, and each method
-against --baselines. Runs come seed after seed, so that a grid that is
-stopped has whole comparisons. What is in the folder already is not run again. METEOR, which needs NLTK's data, is left out.
+against --baselines. Runs come seed after seed, so that a grid that is stopped has whole comparisons. What is in the folder already is not
+run again. METEOR, which needs NLTK's data, is left out.
 """
 
 import argparse
@@ -95,11 +95,9 @@ def report(args: argparse.Namespace, done: int) -> int:
 def finish(args: argparse.Namespace) -> None:
     """What is asked of the grid once, at its end."""
     steps = read_steps(args)
-    methods = steps.settings.methods
-    without_weights = [name for name, own in methods.items() if own.get("token_weighting") == "uniform"]
-    write_frontiers(compare_methods(steps), args.output_dir, without_weights)
+    write_frontiers(compare_methods(steps), args.output_dir, steps.settings.without_weights)
     for baseline in args.baselines:
-        if baseline in methods:
+        if baseline in steps.settings.methods:
             write_comparisons(compare_methods(steps, baseline), args.output_dir, baseline=baseline)
 
 

@@ -305,9 +305,8 @@ def _write_tables(steps, numbers: list[int] | None, baseline: str, console) -> N
     quotes = steps.settings.quotes
     quoting = quoted if quotes is None else partial(quoted, quotes=QUOTES + load_quotes(quotes))
     paths = write_tables(records, dataclasses.asdict(steps.settings), folder, quoting, numbers)
-    comparisons, methods = compare_methods(steps, baseline), steps.settings.methods
-    without_weights = [name for name, fields in methods.items() if fields.get("token_weighting") == "uniform"]
-    plots = write_frontiers(comparisons, folder, without_weights) if baseline == "ce" else []
+    comparisons = compare_methods(steps, baseline)
+    plots = write_frontiers(comparisons, folder, steps.settings.without_weights) if baseline == "ce" else []
     paths += [*write_comparisons(comparisons, folder, plots, baseline), *plots]
     for table in summary_tables(comparisons, baseline):
         console.print(table)

@@ -137,6 +137,11 @@ class Settings:
     quotes: str | None = None
     data_dir: str | None = None
 
+    @property
+    def without_weights(self) -> list[str]:
+        """The methods that do not weight tokens."""
+        return [name for name, own in self.methods.items() if own.get("token_weighting") == "uniform"]
+
     def cells(self) -> list[Cell]:
         """All runs. Seeds vary slowest, so that a grid that stops early has whole comparisons."""
         trained = [name for name, task in self.tasks.items() if task.is_trained and task.train_rows]
@@ -154,7 +159,7 @@ class Settings:
     ) -> Cell:
         """The training run of a method at a point of the grid, where its own learning rate and bounds take the place of the grid's."""
         own = self.methods[method]
-        if own.get("token_weighting") == "uniform":
+        if method in self.without_weights:
             clip = self.clip_ranges[0]
         clip = (own.get("weight_clip_min", clip[0]), own.get("weight_clip_max", clip[1]))
         return Cell(model, task, method, own.get("learning_rate", learning_rate), clip, seed)
