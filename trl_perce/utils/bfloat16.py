@@ -21,17 +21,24 @@ def bf16_slowdown() -> float:
     How many times as long the matrix products of a linear layer take on this CPU in bfloat16 as in float32, forward and backward:
     below 1 with instructions for bfloat16 (AVX512-BF16, AMX), 10 and more where PyTorch does without. Measured once, in 0.1 s.
     """
-    seconds = []
-    for dtype in (torch.float32, torch.bfloat16):
-        inputs, gradient = torch.ones(2, 64, 256, dtype=dtype)
-        weight = torch.ones(256, 256, dtype=dtype)
-        times = []
-        for _ in range(6):  # the first one sets up
-            started = time.perf_counter()
-            _ = inputs @ weight.T, gradient @ weight, gradient.T @ inputs
-            times.append(time.perf_counter() - started)
-        seconds.append(min(times))
-    return seconds[1] / seconds[0]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine several wait for each other
+    try:
+        return _seconds(torch.bfloat16) / _seconds(torch.float32)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    """The shortest of some rounds, the first of which sets up."""
+    inputs, gradient = torch.ones(2, 64, 256, dtype=dtype)
+    weight = torch.ones(256, 256, dtype=dtype)
+    times = []
+    for _ in range(12):
+        started = time.perf_counter()
+        _ = inputs @ weight.T, gradient @ weight, gradient.T @ inputs
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 def slow_bf16() -> str | None:
