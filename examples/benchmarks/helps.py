@@ -8,7 +8,7 @@ a CPU.
 
 Writes helps.json and helps.md (each method against plain CE) whenever steps have ended; at the end the frontier's picture, and each method
 against --baselines. Runs come seed after seed, so that a grid that is stopped has whole comparisons. What is in the folder already is not
-run again. METEOR, which needs NLTK's data, is left out.
+run again. METEOR is left out where NLTK's data are not there.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from pathlib import Path
 
 from trl_perce.cli.common import disable_progress_bars
 from trl_perce.cli.reproduce import make_steps
+from trl_perce.evaluation.metrics import METEOR_DATA
+from trl_perce.evaluation.nltk_data import missing_nltk_data
 from trl_perce.reproduce.compare import compare_methods, write_comparisons
 from trl_perce.reproduce.frontier import write_frontiers
 from trl_perce.reproduce.grid import run_steps
@@ -57,7 +59,8 @@ def read_steps(args: argparse.Namespace) -> Steps:
         methods={key: own for key, own in settings.methods.items() if not args.methods or key in args.methods},
         seeds=args.seeds or settings.seeds,
         training=settings.training | {"use_cpu": not torch.cuda.is_available()},
-        evaluation=settings.evaluation | {"metrics": ["rouge"]},
+        evaluation=settings.evaluation
+        | {"metrics": ["rouge"] if missing_nltk_data(METEOR_DATA) else ["rouge", "meteor"]},
     )
     steps = make_steps(settings)
     for step in steps.all():

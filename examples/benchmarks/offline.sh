@@ -7,7 +7,7 @@
 #   bash examples/benchmarks/offline.sh run OUT M …   there, with .gpu/ in its place: gpu.py with further arguments, into OUT, over
 #                                                     within M minutes, the unpacking included
 #   bash examples/benchmarks/offline.sh results OUT W there, after `--only helps --work_dir W`: what its runs measured, without weights
-#                                                     and scores, into OUT/helps.tar.xz
+#                                                     and scores, into OUT/helps.tar.xz; with a third argument, `scores`, with these and the logs
 #
 # Where 64 MB are carried at a time, and 15 minutes are lent:
 #   1. .gpu/packages.tgz and .gpu/model-0:  bash examples/benchmarks/offline.sh run $OUT 3.5 --only right generation where
@@ -17,7 +17,8 @@
 # and here, with the folders that came back:  python examples/benchmarks/gpu.py --merge examples FOLDER FOLDER --output_dir examples
 #
 # .gpu/packages.tgz holds the packages and the data of `helps`, .gpu/model-0 and .gpu/model-1 the halves of
-# SmolLM2-135M-Instruct's file (47 MB each), so that each fits where little is carried at a time. Only `helps` needs the model.
+# SmolLM2-135M-Instruct's file (47 MB each), so that each fits where little is carried at a time. Only `helps` needs the model, and for
+# METEOR .gpu/nltk.tgz, which is packed if .cache/nltk_data is there.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -38,6 +39,7 @@ pack() {
 	split -n 2 -d -a 1 "$file"/SmolLM2-135M-Instruct.Q4_1.gguf .gpu/part-
 	for half in 0 1; do mkdir .gpu/model-$half && mv .gpu/part-$half .gpu/model-$half/; done
 	tar -czf .gpu/packages.tgz .gpu/site .gpu/data
+	[ ! -d .cache/nltk_data ] || tar -C .cache -czf .gpu/nltk.tgz nltk_data
 	rm -r .gpu/wheels .gpu/site .gpu/data
 	du -sh .gpu/*
 }
@@ -46,7 +48,8 @@ run() {
 	out=$1 minutes=$2
 	shift 2
 	[ -d .gpu/site ] || tar -xzf .gpu/packages.tgz
-	export PYTHONPATH=$PWD:$PWD/.gpu/site HF_HUB_OFFLINE=1
+	[ ! -f .gpu/nltk.tgz ] || [ -d .gpu/nltk_data ] || tar -C .gpu -xzf .gpu/nltk.tgz
+	export PYTHONPATH=$PWD:$PWD/.gpu/site HF_HUB_OFFLINE=1 NLTK_DATA=$PWD/.gpu/nltk_data
 	nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader || true
 	if [[ " $* " == *" helps"* ]] && command -v nvidia-cuda-mps-control >/dev/null; then # its processes take turns without it
 		export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps CUDA_MPS_LOG_DIRECTORY=/tmp/mps
@@ -62,8 +65,9 @@ run() {
 }
 
 results() {
-	tar -C "$2/helps" --exclude='scores*' --exclude='*.safetensors' --exclude='*.bin' --exclude='*.lock' --exclude=tokenizer.json \
-		--exclude=trainer_state.json --exclude=grid/data -cf - . | xz -T0 -2 >"$1/helps.tar.xz"
+	without=(); [ "${3:-}" = scores ] || without=(--exclude='scores*' --exclude=trainer_state.json)
+	tar -C "$2/helps" "${without[@]}" --exclude='*.safetensors' --exclude='*.bin' --exclude='*.lock' --exclude=tokenizer.json \
+		--exclude=grid/data -cf - . | xz -T0 -2 >"$1/helps.tar.xz"
 }
 
 "$@"

@@ -19,7 +19,7 @@ from .nltk_data import missing_nltk_data
 
 COLUMNS = {"rouge": ("rouge1", "rouge2", "rougeL"), "meteor": ("meteor",), "bleu": ("bleu",)}
 # By package of NLTK data, a file or folder in it
-_METEOR_DATA = {"wordnet": "corpora/wordnet/data.noun", "punkt_tab": "tokenizers/punkt_tab/english/"}
+METEOR_DATA = {"wordnet": "corpora/wordnet/data.noun", "punkt_tab": "tokenizers/punkt_tab/english/"}
 _CHUNK = 8  # rows that go to a process at once
 _CHARACTERS_A_PROCESS = 1_000_000  # for fewer, a process takes longer to start and to load WordNet than it saves
 
@@ -103,7 +103,7 @@ def _check_metrics(metrics: Sequence[str]) -> None:
     if "bleu" in metrics:
         _sacrebleu()
     if "meteor" in metrics:
-        missing = missing_nltk_data(_METEOR_DATA)
+        missing = missing_nltk_data(METEOR_DATA)
         if missing:
             raise FileNotFoundError(
                 f"METEOR needs NLTK's data {', '.join(f'`{name}`' for name in missing)}, which are not here and were not "
