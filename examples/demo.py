@@ -8,12 +8,14 @@ then scores the answers of 17 other people with the adapter off ("before") and o
 """
 
 import os
+import sys
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_DISABLE", "1")  # Transformers shows a bar of GGUF files even in a pipe
 
 import contextlib
-import sys
 import time
 from pathlib import Path
 

@@ -12,7 +12,9 @@ With access to the Hub, `HuggingFaceTB/SmolLM2-135M-Instruct` is the same model 
 
 import argparse
 import importlib.util
+import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,6 +59,9 @@ def save_gguf(gguf: Path, folder: Path, others: Sequence[Path] = ()) -> None:
         folder (`Path`): Is replaced, if it is there.
         others (`Sequence[Path]`, *optional*): Files to lie beside the model, such as its licence.
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # where nothing has imported tqdm yet: Transformers does not ask
+
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -30,7 +30,7 @@ def test_a_model_on_a_slow_cpu_is_warned_of_once(times, dtype, autocast, warned,
     for _ in range(2):
         warn_of_slow_bf16(model, autocast)
     assert [record.message for record in caplog.records] == [
-        "bfloat16 is slow on this CPU: forward and backward, matrix products take 19 times as long as in float32. Set "
+        "bfloat16 is slow on this CPU: the matrix products of a training step take 19 times as long as in float32. Set "
         "`dtype: float32` and `bf16: false`."
     ] * warned
     warn_of_slow_bf16(model.to("meta"), autocast)  # elsewhere than on a CPU

@@ -5,7 +5,7 @@
 import logging
 import random
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -215,11 +215,17 @@ def _by_bm25(row: HistoryRow, indices: list[int]) -> list[int]:
     import bm25s
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of each index that it builds, one a row
-    texts = [row.search, *(row.history[index].search for index in indices)]
-    words = bm25s.tokenize(texts, return_ids=False, show_progress=False)
-    query, *entries = [[word for word in one if word] for one in words]  # an empty text has one empty word
+    query, *entries = map(_bm25_words, [row.search, *(row.history[index].search for index in indices)])
     if not query or not any(entries):
         return indices  # every score is zero
     bm25 = bm25s.BM25(k1=1.5, b=0.75, method="lucene")
     bm25.index(entries, show_progress=False)
     return _best_first(indices, bm25.get_scores(query))
+
+
+@lru_cache(maxsize=10_000)  # a user's rows share most of their entries
+def _bm25_words(text: str) -> list[str]:
+    import bm25s
+
+    (words,) = bm25s.tokenize([text], return_ids=False, show_progress=False)
+    return [word for word in words if word]  # an empty text has one empty word

@@ -46,7 +46,7 @@ def slow_bf16() -> str | None:
     if bf16_slowdown() < _SLOW:
         return None
     return (
-        f"bfloat16 is slow on this CPU: forward and backward, matrix products take {bf16_slowdown():.0f} times as long as in float32. Set "
+        f"bfloat16 is slow on this CPU: the matrix products of a training step take {bf16_slowdown():.0f} times as long as in float32. Set "
         "`dtype: float32` and `bf16: false`."
     )
 
