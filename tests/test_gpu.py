@@ -25,6 +25,8 @@ from conftest import TINY_CONFIGS, make_tiny_model
 from reference import make_rows, reference, response_log_probs
 from runs import LAYOUTS, assert_close, one_sgd_step, pir_by_row, record_pir, to_dataset
 from trl_perce import PerCEConfig, PerCETrainer, PerContrast
+from trl_perce.evaluation.generate import GenerationArguments, TransformersGenerator
+from trl_perce.evaluation.predictions import make_prompts
 
 
 pytestmark = pytest.mark.gpu
@@ -311,6 +313,24 @@ def test_scores_are_those_of_raw_logits(tokenizer):
             without, _ = response_log_probs(double, row.before + row.after, row.response)
         assert np.allclose(scores.log_probs, factual, atol=1e-5)
         assert np.allclose(scores.pir, factual - without, atol=2e-5)
+
+
+def test_predictions_are_those_of_raw_logits(make_args, tokenizer, caplog):
+    """In bfloat16, with two key-value heads and padding: what cuDNN's attention gets wrong on some cards."""
+    rows = [{"prompt": "I sew. " * count + "What?", "completion": "Needles."} for count in (1, 30, 7, 12)]
+    args = make_args(GenerationArguments, max_new_tokens=40, temperature=0, max_length=None)
+    model = make_tiny_model("llama", torch.bfloat16).to("cuda" if HAS_GPU else "cpu")
+    generator = TransformersGenerator(model, tokenizer, args)
+    prompts, double = make_prompts(rows, tokenizer, args), copy.deepcopy(model).to("cpu").double().eval()
+    assert len([*generator.iterate(prompts)]) == 4 and not caplog.records
+    for batch in generator._batches(prompts):
+        for prompt, tokens in zip(batch, generator._generate(batch), strict=True):
+            with torch.no_grad():
+                logits = double(torch.tensor([prompt.input_ids + tokens[:-1]])).logits[0, -len(tokens) :]
+            size = next((index + 1 for index, token in enumerate(tokens) if token in generator.stop), len(tokens))
+            chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            behind = (logits.max(-1).values - chosen)[:size]
+            assert behind.max() < 0.1 * logits.std()
 
 
 @needs_gpu

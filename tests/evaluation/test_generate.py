@@ -11,8 +11,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
-from conftest import ROOT, make_tiny_model
+from conftest import ROOT, TINY_CONFIGS, make_tiny_model
 from trl_perce import PersonaError
 from trl_perce.evaluation.generate import GenerationArguments, TransformersGenerator, VLLMGenerator, row_seed
 from trl_perce.evaluation.predictions import make_prompts, other_rows, stop_tokens, to_prediction
@@ -198,6 +199,83 @@ def test_logits_that_are_not_finite_stop_it(tokenizer, arguments, temperature):
     generator = TransformersGenerator(model, tokenizer, arguments(temperature=temperature))
     with pytest.raises(FloatingPointError, match="^Row 5: the model's logits are NaN or infinite"):
         texts(generator, rows)
+
+
+class Faulty(LlamaForCausalLM):
+    """What goes wrong in some of Transformers' models when they generate, and not in a forward pass of one row."""
+
+    fault = ""
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        is_padded = attention_mask is not None and (attention_mask.dim() > 2 or not attention_mask.all())
+        if is_padded and self.fault == "crash":
+            raise AttributeError("no such attribute")
+        if is_padded and self.fault == "padding":  # takes it for a part of the text
+            attention_mask = None
+            kwargs["position_ids"] = kwargs["position_ids"] if "cu_seq_lens_q" in kwargs else None
+        goes_on = self.fault == "cache" and input_ids.size(1) == 1  # a prompt has more tokens
+        output = super().forward(input_ids, attention_mask=attention_mask, **kwargs)
+        if goes_on:
+            output.logits = output.logits.roll(1, -1)
+        return output
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if self.fault == "everywhere":
+            inputs["input_ids"] = inputs["input_ids"] // 2
+        return inputs
+
+
+@pytest.mark.parametrize(
+    ("fault", "messages"),
+    [
+        ("", []),
+        ("padding", ["In a padded batch Faulty generates with other log-probabilities than alone, off by "]),
+        ("crash", ["In a padded batch Faulty generates with other log-probabilities than alone. Rows are"]),
+        ("cache", ["With its cache Faulty generates with other log-probabilities than without, off by "]),
+        ("everywhere", ["Faulty generates with other log-probabilities than those of its forward pass, off by "]),
+    ],
+)
+def test_what_a_model_gets_wrong_when_it_generates_is_left_out(tokenizer, arguments, caplog, fault, messages):
+    torch.manual_seed(0)
+    model = Faulty(TINY_CONFIGS["llama"]).eval()
+    model.fault = fault
+    generator = TransformersGenerator(model, tokenizer, arguments())
+    found = texts(generator)
+    assert [
+        record.getMessage()[: len(message)] for record, message in zip(caplog.records, messages, strict=True)
+    ] == messages
+    prompts = make_prompts(ROWS, tokenizer, arguments())
+    with torch.no_grad():
+        made = {prompt.row: greedy_by_hand(model, prompt.input_ids, generator.stop) for prompt in prompts}
+    expected = {row: tokenizer.decode(tokens, skip_special_tokens=True).strip() for row, tokens in made.items()}
+    assert (found == expected) == (fault != "everywhere")
+    assert generator.args.max_new_tokens == 12 and generator._logits is None
+
+
+def test_a_batch_that_is_wrong_is_not_made_continuously_either(tokenizer, arguments, caplog, quick_collections):
+    torch.manual_seed(0)
+    model = Faulty(TINY_CONFIGS["llama"]).eval()
+    expected = texts(TransformersGenerator(model, tokenizer, arguments()))
+    model.fault = "padding"
+    assert texts(TransformersGenerator(model, tokenizer, arguments(continuous_batching=True))) == expected
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("Continuous batching gives Faulty other") and second.startswith("In a padded batch")
+
+
+def test_a_row_that_leaves_takes_its_position_with_it(tokenizer, arguments):
+    model = make_tiny_model("llama")
+    assert TransformersGenerator(model, tokenizer, arguments())._has_plain_cache
+    model.model.rope_deltas = None
+    assert not TransformersGenerator(model, tokenizer, arguments())._has_plain_cache
+
+
+def test_cudnn_does_not_generate(tokenizer, arguments):
+    model, seen = make_tiny_model("llama"), []
+    hook = lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled())  # noqa: E731
+    with model.register_forward_hook(hook):
+        texts(TransformersGenerator(model, tokenizer, arguments()))
+    assert {*seen} == {False} and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_small_batches_give_the_same(tokenizer, arguments):

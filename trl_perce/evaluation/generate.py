@@ -8,6 +8,8 @@ Predictions, as they are finished:
         print(prediction["prediction"])
 """
 
+import copy
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +42,7 @@ from ..scoring.loading import find_adapter, load_model, load_scoring_tokenizer
 from ..scoring.preparation import Preparation
 from ..training.checks import keep_4bit_weights_trainable_on_cpu, load_tokenizer
 from ..training.estep import split_into_chunks
+from ..training.model_check import MODELS_OWN, rounding_bound, typical_difference, unless_out_of_memory
 from ..utils.bfloat16 import warn_of_slow_bf16
 from ..utils.logger import get_logger
 from ..utils.share import EVERYTHING, Share
@@ -57,6 +60,9 @@ _CONTINUOUS_ON: frozenset[str] = frozenset()
 _FORWARD_TOKENS, _BLOCK_TOKENS = 2048, 256
 # Share of a padded batch that has to be finished for the others to go on without it
 _LEAVING = 1 / 8
+# Tokens of a row that are generated to see whether they are the model's own, how often with other rows if they seem not to be, and what they
+# may be off at least, in nats: recurrent layers sum in another order step by step
+_CHECKED_TOKENS, _DRAWS, _LEAST_BOUND = 8, 3, 0.01
 # What generation calls the keys and values that it keeps: Transformers renamed it
 _CACHE = "cache" if Version(transformers.__version__) >= Version("5.24.0") else "past_key_values"
 
@@ -131,6 +137,10 @@ class TransformersGenerator(_Generator):
     depend on which other rows there are, how they are batched, or whether the run was killed in between; batches only round
     logits differently, which can tip a token that is as good as tied.
 
+    Before the first row a few tokens are generated after the longest and the shortest prompt, and their log-probabilities compared with
+    those of plain forward passes. Where they are off by more than rounding, as some models' are in a padded batch or with their cache, that
+    is left out, with a warning: rows are generated one at a time, and if need be without the cache.
+
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Name or folder of a model or of an adapter, which is loaded with `model_init_kwargs` (its own dtype by default); or a
@@ -163,12 +173,98 @@ class TransformersGenerator(_Generator):
         if isinstance(self._base, PeftModel):
             self._base = self._base.get_base_model()
         self.stop = stop_tokens(self.tokenizer, self._base.generation_config)
+        self._is_checked, self._is_batched, self._has_cache = False, True, True
+        self._logits: dict[int, list[torch.Tensor]] | None = None  # of each row, while they are to be kept
         why_not = self._why_not_continuous()
         self.is_continuous = why_not is None and (
             self._device.type in _CONTINUOUS_ON if args.continuous_batching is None else args.continuous_batching
         )
         if args.continuous_batching and why_not is not None:
             logger.warning(f"`continuous_batching` {why_not}. Rows are padded to batches instead.")
+
+    def iterate(
+        self, prompts: list[Prompt], done: Collection[int] = (), share: Share = EVERYTHING
+    ) -> Iterator[dict[str, Any]]:
+        if not self._is_checked and any(prompt.row not in done for prompt in prompts):
+            self._is_checked = True
+            self._leave_out_what_is_wrong(prompts)
+        yield from super().iterate(prompts, done, share)
+
+    def _leave_out_what_is_wrong(self, prompts: list[Prompt]) -> None:
+        """Of continuous batching, padding and the cache."""
+        ordered, name = sorted(prompts, key=lambda prompt: len(prompt.input_ids)), type(self._base).__name__
+        draws = [[ordered[draw], ordered[-1 - draw]] for draw in range(min(_DRAWS, len(ordered) // 2))] or [ordered]
+        if self.is_continuous and (nats := self._off(draws)) is not None:
+            self.is_continuous = False
+            logger.warning(
+                f"Continuous batching gives {name} other log-probabilities{_so_much(nats)}. Rows are padded to batches instead."
+            )
+        if self.is_continuous or (padded := self._off(draws)) is None:
+            return
+        self._is_batched = False
+        if (alone := self._off(draws)) is None:
+            logger.warning(
+                f"In a padded batch {name} generates with other log-probabilities than alone{_so_much(padded)}. Rows are generated one at a "
+                "time instead, which is slower."
+            )
+            return
+        self._has_cache = False
+        uncached = self._off(draws)
+        if uncached is None:
+            logger.warning(
+                f"With its cache {name} generates with other log-probabilities than without{_so_much(alone)}. Rows are generated one at a "
+                "time and without a cache instead, which is much slower."
+            )
+        elif math.isinf(uncached):  # it does not generate at all, and says why when it is to
+            self._is_batched = self._has_cache = True
+        else:
+            logger.warning(
+                f"{name} generates with other log-probabilities than those of its forward pass{_so_much(uncached)}, one row at a time and "
+                "without a cache, too: do not trust its predictions."
+            )
+
+    def _off(self, draws: list[list[Prompt]]) -> float | None:
+        """By how many nats a token is off in the mean that is generated as it would be now; `None` if it is rounding, in one draw at least."""
+        args, self.args = self.args, copy.copy(self.args)
+        self.args.max_new_tokens, self.args.guidance_scale = min(args.max_new_tokens, _CHECKED_TOKENS), 1.0
+        smallest = None
+        try:
+            for prompts in draws:
+                nats = self._difference(prompts)
+                if nats is None:
+                    return None
+                smallest = nats if smallest is None else min(smallest, nats)
+        except FloatingPointError:  # of a row that will be named when its turn comes
+            return None
+        finally:
+            self.args, self._logits = args, None
+        return smallest
+
+    @torch.no_grad()
+    def _difference(self, prompts: list[Prompt]) -> float | None:
+        self._logits = {}
+        found: list[torch.Tensor] = []
+        expected: list[torch.Tensor] = []
+        bound = _LEAST_BOUND
+        for batch in self._batches(prompts):
+            try:
+                made = self._generate(batch)
+            except MODELS_OWN as error:
+                unless_out_of_memory(error)
+                return math.inf
+            for prompt, tokens in zip(batch, made, strict=True):
+                if prompt.row not in self._logits:
+                    return None  # the model has a `generate` of its own, which keeps them to itself
+                size = next((index + 1 for index, token in enumerate(tokens) if token in self.stop), len(tokens))
+                ids = torch.tensor([prompt.input_ids + tokens[: size - 1]], device=self._device)
+                with self._generating(), self._autocast():
+                    logits = self.model(input_ids=ids, use_cache=False).logits[0, -size:].float().cpu()
+                bound = max(bound, rounding_bound(self._base, logits, autocast_dtype(self.args)))
+                chosen = torch.tensor(tokens[:size])[:, None]
+                for log_probs, one in ((found, torch.stack(self._logits[prompt.row][:size])), (expected, logits)):
+                    log_probs.append(one.log_softmax(-1).gather(1, chosen)[:, 0])
+        nats = typical_difference(torch.cat(found), torch.cat(expected))
+        return nats if nats > bound else None
 
     def _why_not_continuous(self) -> str | None:
         if self.args.guidance_scale != 1:
@@ -186,8 +282,11 @@ class TransformersGenerator(_Generator):
         is_prompt_tuned = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
         return (
             self.args.guidance_scale == 1
+            and self._has_cache
             and not is_prompt_tuned
             and not self._base._is_stateful
+            # Of Qwen's multimodal models: where each row's positions begin, which stays when a row leaves
+            and not any(hasattr(module, "rope_deltas") for module in self._base.modules())
             and not self._base.config.is_encoder_decoder
             and self._base.generation_config.cache_implementation is None
             and self._layer_types <= {"full_attention", "sliding_attention"}
@@ -213,6 +312,7 @@ class TransformersGenerator(_Generator):
             lengths = [2 * length for length in lengths]
         # Transformers gives the negative prompts' pass no positions: where they are not relative, padding would shift them
         alone = guided and "rope_parameters" not in self._base.config.get_text_config().to_dict()
+        alone = alone or not self._is_batched
         chunks = split_into_chunks(lengths, 1 if alone else self.args.generation_batch_tokens, padded=True)
         return [[prompts[index] for index in chunk] for chunk in chunks]
 
@@ -305,7 +405,7 @@ class TransformersGenerator(_Generator):
         return GenerationConfig(
             **{"max_new_tokens": max_new_tokens or self.args.max_new_tokens},
             **{"guidance_scale": self.args.guidance_scale, "return_dict_in_generate": True},
-            **{"eos_token_id": sorted(self.stop) or None, "pad_token_id": self._pad, "use_cache": True},
+            **{"eos_token_id": sorted(self.stop) or None, "pad_token_id": self._pad, "use_cache": self._has_cache},
             **{"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0},
             **{"num_beams": 1},
         )
@@ -313,6 +413,8 @@ class TransformersGenerator(_Generator):
     def _processors(self, rows: list[int], random_numbers: dict[int, torch.Generator]) -> LogitsProcessorList:
         """What is done to logits, of shape `(rows, tokens)`."""
         processors = LogitsProcessorList([_FiniteLogits(rows)])
+        if self._logits is not None:
+            processors.append(_Recorder(rows, self._logits))
         if self.args.temperature:
             processors.append(TemperatureLogitsWarper(float(self.args.temperature)))
             if self.args.top_p < 1:
@@ -335,10 +437,15 @@ class TransformersGenerator(_Generator):
         training = {module: module.training for module in self.model.modules()}
         head = self._base.get_output_embeddings()
         hook = None if head is None else head.register_forward_pre_hook(_make_contiguous)
+        cudnn = torch.backends.cuda.cudnn_sdp_enabled()
         try:
             self.model.eval()
+            # The first choice on Hopper and data centres' Blackwell. It gets ready anew for each length, which each token changes, and on
+            # B200 gave models with under 8 key-value heads other tokens (PyTorch's issue 193893, torch 2.11 to 2.13)
+            torch.backends.cuda.enable_cudnn_sdp(False)
             yield
         finally:
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
             if hook is not None:
                 hook.remove()
             for module, mode in training.items():
@@ -451,6 +558,22 @@ class _FiniteLogits(LogitsProcessor):
                 f"Row {rows}: the model's logits are NaN or infinite. Check the row, or load the model in bfloat16 or "
                 "float32 instead of float16 (`dtype`)."
             )
+        return scores
+
+
+def _so_much(nats: float) -> str:
+    return "" if math.isinf(nats) else f", off by {nats:.2g} nats a token"
+
+
+class _Recorder(LogitsProcessor):
+    """Keeps the logits of each row, of shape `(tokens,)`, one a step."""
+
+    def __init__(self, rows: list[int], logits: dict[int, list[torch.Tensor]]):
+        self._rows, self._logits = rows, logits
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for row, own in zip(self._rows, scores.float().cpu(), strict=True):
+            self._logits.setdefault(row, []).append(own)
         return scores
 
 

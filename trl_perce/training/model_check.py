@@ -176,8 +176,8 @@ class ModelCheck:
         with self._undisturbed(training=False):
             try:
                 plain = [self._plain(row) for row in self.rows]
-            except _MODELS_OWN as error:
-                _unless_out_of_memory(error)
+            except MODELS_OWN as error:
+                unless_out_of_memory(error)
                 raise ModelCheckError(
                     f"{self.name} fails on a short row of text: {type(error).__name__}: {error}. {self._hint} " + _SKIP
                 ) from error
@@ -300,8 +300,8 @@ class ModelCheck:
         batch = {"input_ids": ids[None], "attention_mask": bias, "position_ids": torch.arange(len(ids))[None]}
         try:
             return _log_probs(self._logits(batch)[0], ids)[PERSONA.stop :]
-        except _MODELS_OWN as error:  # an attention that takes no such mask
-            _unless_out_of_memory(error)
+        except MODELS_OWN as error:  # an attention that takes no such mask
+            unless_out_of_memory(error)
             return None
 
     def _has_short_window(self) -> bool:
@@ -317,22 +317,16 @@ class ModelCheck:
         model = self.model if self.head is None else self.head(self.model)
         try:
             return labelled_log_probs(model, collate(rows), self.device).float().cpu()
-        except _MODELS_OWN as error:
-            return _unless_out_of_memory(error)
+        except MODELS_OWN as error:
+            return unless_out_of_memory(error)
 
     def _plain(self, row: list[int]) -> torch.Tensor:
         return _log_probs(self._logits({"input_ids": torch.tensor([row])})[0], torch.tensor(row))
 
     def _logits(self, batch: dict[str, Any]) -> torch.Tensor:
         logits = self.model(**send_to_device(batch, self.device), use_cache=False).logits
-        self._tolerance = self._rounding(logits.float().std().item())
+        self._tolerance = rounding_bound(self.base, logits, self.autocast)
         return logits[:, -batch["input_ids"].size(1) :].float().cpu()  # virtual tokens (prompt tuning) come before
-
-    def _rounding(self, spread: float) -> float:
-        """Bound on what rounding does to log-probabilities, in nats."""
-        error = rounding_error(self.base, self.autocast)
-        layers = getattr(self.base.config.get_text_config(), "num_hidden_layers", None) or 32
-        return max(math.sqrt(10 * layers) * error * spread, 50 * error, 1e-3)
 
     def _difference(
         self, found: torch.Tensor | None, expected: torch.Tensor | None, outliers: float = OUTLIERS
@@ -340,8 +334,7 @@ class ModelCheck:
         """Root mean square of the differences in nats, on the worst process, if it is over the bound; `None` if it is not."""
         nats = math.inf
         if found is not None and expected is not None:
-            squares = (found - expected).square().sort().values
-            nats = squares[: math.ceil(len(squares) * (1 - outliers))].mean().sqrt().item()
+            nats = typical_difference(found, expected, outliers)
         values = torch.tensor([[nats, self._tolerance]], device=self.device)
         if self.gather is not None:
             values = self.gather(values)
@@ -364,10 +357,11 @@ class ModelCheck:
 
 _SKIP = "`check_model: false` skips this check."
 # What a model raises that cannot do what is asked of it
-_MODELS_OWN = (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError)
+MODELS_OWN = (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
-def _unless_out_of_memory(error: Exception) -> Exception:
+def unless_out_of_memory(error: Exception) -> Exception:
+    """The error, unless it is for want of memory: then it is raised."""
     if isinstance(error, torch.OutOfMemoryError):
         raise error
     return error
@@ -400,6 +394,26 @@ def make_rows(tokens: list[int], draw: int = 0) -> list[list[int]]:
     shuffled = [others[index] for index in order]
     first, third = ([tokens[0], *part] for part in (shuffled[: LENGTHS[0] - 1], shuffled[-LENGTHS[2] + 1 :]))
     return [first, third[: LENGTHS[1]], third]
+
+
+def typical_difference(found: torch.Tensor, expected: torch.Tensor, outliers: float = OUTLIERS) -> float:
+    """Root mean square of the differences of log-probabilities, in nats, without the share `outliers` that is the largest."""
+    squares = (found - expected).square().sort().values
+    return squares[: math.ceil(len(squares) * (1 - outliers))].mean().sqrt().item()
+
+
+def rounding_bound(model, logits: torch.Tensor, autocast: torch.dtype | None = None) -> float:
+    """
+    Bound on what rounding does to a model's log-probabilities ([`ModelCheck`] says which), in nats.
+
+    Args:
+        model ([`~torch.nn.Module`]): Without an adapter or a wrapper around it.
+        logits (`torch.Tensor`): Some of its logits, for their spread.
+        autocast (`torch.dtype`, *optional*): Of autocast, if any.
+    """
+    error = rounding_error(model, autocast)
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None) or 32
+    return max(math.sqrt(10 * layers) * error * logits.float().std().item(), 50 * error, 1e-3)
 
 
 def rounding_error(model, autocast: torch.dtype | None = None) -> float:
