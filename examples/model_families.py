@@ -8,8 +8,9 @@ Which model families PerCE is right on: a tiny random model of every causal and 
 
 Each class is built from its configuration, shrunk (each type of layer once, a sliding window shorter than the persona), and asked for the
 PIR of five rows on every path: PerContrast alone, padded and with `mask`; the trainer padded, with `mask`, padding-free and packed. The
-truth is two plain forward passes of single rows, and the formula in float64 on their logits for the loss of one step. A wrapper around
-vision or audio is used with text alone.
+truth is two plain forward passes of single rows, and the formula in float64 on their logits for the loss of one step. Then it goes on with
+five prompts, as `trl-perce evaluate` has it do; each token is to be the likeliest of a plain forward pass. A wrapper around vision or audio
+is used with text alone.
 
 Each class runs in a process of its own, with a time limit. Results are kept in --output_dir, so that a run goes on where it stopped;
 `--fresh` measures again. At the end it writes models.md (--table). The 275 classes of Transformers 5.24
@@ -22,6 +23,7 @@ import datetime
 import functools
 import inspect
 import json
+import logging.handlers
 import multiprocessing
 import os
 import platform
@@ -57,6 +59,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from trl_perce import PerCEConfig, PerCETrainer, PerContrast
+from trl_perce.evaluation.arguments import GenerationArguments
+from trl_perce.evaluation.generate import TransformersGenerator
+from trl_perce.evaluation.predictions import Prompt
 from trl_perce.utils.files import write_json, write_text
 from trl_perce.utils.markdown import code, escape, table
 
@@ -400,12 +405,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @torch.no_grad()
-def plain(model, ids: list[int], labels: list[int], **kwargs) -> dict[int, float]:
-    """Label → its log-probability in nats, from the logits of one row."""
+def log_softmax_of(model, ids: list[int], **kwargs) -> torch.Tensor:
+    """Log-probabilities in nats after each token of one row, of shape `(tokens, vocabulary)`."""
     if {"use_cache", "kwargs"} & {*inspect.signature(type(model).forward).parameters}:
         kwargs["use_cache"] = False
-    logits = model(input_ids=torch.tensor([ids]), **kwargs).logits[0].double()
-    log_softmax = torch.log_softmax(logits, -1)
+    return model(input_ids=torch.tensor([ids]), **kwargs).logits[0].double().log_softmax(-1)
+
+
+def plain(model, ids: list[int], labels: list[int], **kwargs) -> dict[int, float]:
+    """Label → its log-probability in nats, from the logits of one row."""
+    log_softmax = log_softmax_of(model, ids, **kwargs)
     return {label: float(log_softmax[i - 1, label]) for i, label in enumerate(labels) if label != -100}
 
 
@@ -523,6 +532,15 @@ class Recorder(PerCETrainer):
         return loss
 
 
+class Maker(TransformersGenerator):
+    """Notes the tokens of each row."""
+
+    def _generate(self, prompts):
+        tokens = super()._generate(prompts)
+        self.made = vars(self).get("made", {}) | dict(zip((prompt.row for prompt in prompts), tokens, strict=True))
+        return tokens
+
+
 def train(model, rows, tokenizer, peft_config=None, **options) -> Recorder:
     """One step on all rows that leaves the model as it was."""
     with tempfile.TemporaryDirectory() as folder:
@@ -613,11 +631,41 @@ def check(model, found: dict[str, Any], tell) -> None:
     attempt("packed", lambda: step(packing=True, max_length=300, per_device_train_batch_size=1))
     attempt("accumulated", lambda: step(per_device_train_batch_size=2, gradient_accumulation_steps=3))
     attempt("LoRA", adapter)
+    attempt("generation", lambda: generate(model, tokenizer))
+
+
+@torch.no_grad()
+def generate(model, tokenizer) -> dict[str, Any]:
+    """By how many nats a plain forward pass has another token before one that was generated, and of what the library has warned."""
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(4, 200, (size,), generator=generator).tolist() for size in (40, 33, 12, 7, 55)]
+    prompts = [Prompt(index, None, None, "", "", "", ids, [0] * len(ids)) for index, ids in enumerate(rows)]
+    handler = logging.handlers.BufferingHandler(100)
+    logger = logging.getLogger("trl_perce.evaluation.generate")
+    logger.addHandler(handler)
+    try:
+        args = GenerationArguments(max_new_tokens=12, temperature=0.0, max_length=None, bf16=False, disable_tqdm=True)
+        maker = Maker(model, tokenizer, args)
+        [*maker.iterate(prompts)]
+    finally:
+        logger.removeHandler(handler)
+    nats = 0.0
+    for ids, tokens in zip(rows, (maker.made[index] for index in range(len(rows))), strict=True):
+        size = next((index + 1 for index, token in enumerate(tokens) if token in maker.stop), len(tokens))
+        own = log_softmax_of(model, [*ids, *tokens[: size - 1]])[len(ids) - 1 :]
+        nats = max(nats, float((own.max(-1).values - own.gather(1, torch.tensor(tokens[:size])[:, None])[:, 0]).max()))
+    said = [record.getMessage() for record in handler.buffer]
+    if nats > TOLERANCE and said:
+        return {"refused": said[-1]}
+    return {"nats": nats} | ({"said": said[-1]} if said else {})
 
 
 # The table
 
-PATHS = ("alone", "padded", "mask", "step", "step, mask", "padding-free", "packed", "accumulated", "LoRA")
+PATHS = (
+    *("alone", "padded", "mask", "step", "step, mask", "padding-free", "packed", "accumulated", "LoRA"),
+    "generation",
+)
 
 
 def verdict(outcome: dict[str, Any]) -> str:
@@ -633,15 +681,16 @@ def cell(outcome: dict[str, Any] | None, footnotes: dict[str, int], name: str) -
     if outcome is None:
         return ""
     said = verdict(outcome)
-    if said == "right":
+    if said == "right" and "said" not in outcome:
         return "right"
     if said == "wrong":
         if outcome["nats"] > TOLERANCE:
             return f"**off {outcome['nats']:.2g}**"
         return f"**loss {outcome['loss'] * 100:.2g} %**"
     # One footnote for all classes of which the same is said
-    message = (outcome.get("refused") or outcome["crash"]).replace(name, "The model")
+    message = (outcome.get("refused") or outcome.get("said") or outcome["crash"]).replace(name, "the model")
     message = re.sub(r"off by \S+ nats", "off by … nats", message)
+    message = message[:1].upper() + message[1:]
     return f"{said} [{footnotes.setdefault(message, len(footnotes) + 1)}]"
 
 
@@ -679,7 +728,8 @@ def report(results: list[dict[str, Any]]) -> str:
         "- **error**: it stopped inside of the model or of another library, without a wrong number.\n"
         "- (wrapper): around vision or audio, used with text alone. (noise): the model draws at random in training mode.",
         "`alone`, `padded` and `mask` are PerContrast; the others are a step of `PerCETrainer`. `accumulated` is the same rows in three "
-        "micro-batches, `LoRA` an adapter with `all-linear`. `mask` is compared with the row without its persona (its positions closed up, or "
+        "micro-batches, `LoRA` an adapter with `all-linear`. `generation` is greedy, of `trl-perce evaluate`; where it is right with a number, the "
+        "library has found a faster way to be wrong, says so, and takes a slower one; refused is what it warns of. `mask` is compared with the row without its persona (its positions closed up, or "
         "as they were) and with a 4D mask; the state of a recurrent layer goes on fading while it reads hidden tokens, so that there it is none "
         "of these.",
         table(("path", "right", "refused", "wrong", "error"), summary),

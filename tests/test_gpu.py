@@ -322,15 +322,16 @@ def test_predictions_are_those_of_raw_logits(make_args, tokenizer, caplog):
     model = make_tiny_model("llama", torch.bfloat16).to("cuda" if HAS_GPU else "cpu")
     generator = TransformersGenerator(model, tokenizer, args)
     prompts, double = make_prompts(rows, tokenizer, args), copy.deepcopy(model).to("cpu").double().eval()
-    assert len([*generator.iterate(prompts)]) == 4 and not caplog.records
+    assert len([*generator.iterate(prompts)]) == 4
+    assert not [record for record in caplog.records if record.name == "trl_perce.evaluation.generate"]
     for batch in generator._batches(prompts):
         for prompt, tokens in zip(batch, generator._generate(batch), strict=True):
             with torch.no_grad():
                 logits = double(torch.tensor([prompt.input_ids + tokens[:-1]])).logits[0, -len(tokens) :]
             size = next((index + 1 for index, token in enumerate(tokens) if token in generator.stop), len(tokens))
             chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-            behind = (logits.max(-1).values - chosen)[:size]
-            assert behind.max() < 0.1 * logits.std()
+            rounding = float(logits.abs().max()) * 2.0**-8  # as above
+            assert (logits.max(-1).values - chosen)[:size].max() < 8 * rounding
 
 
 @needs_gpu

@@ -34,11 +34,12 @@ def test_the_table_tells_refused_from_wrong():
     paths = dict.fromkeys(sweep.PATHS, {"nats": 1e-6})
     paths |= {"mask": {"nats": 0.5}, "packed": {"refused": "ValueError: Set `packing` to False."}}
     paths |= {"accumulated": {"nats": 1e-6, "loss": 0.02}, "LoRA": {"crash": "RuntimeError: sizes"}}
+    paths["generation"] = {"nats": 0.0, "said": "Rows are generated one at a time."}
     results = [
         {"class": "SomeForCausalLM", "types": ["some"], "paths": paths},
         {"class": "OtherForCausalLM", "types": ["other"], "not_built": "ValueError: no"},
     ]
     text = sweep.report(results)
-    some = "| Some | right | right | **off 0.5** | right | right | right | refused [1] | **loss 2 %** | error [2] |"
+    some = "| Some | right | right | **off 0.5** | right | right | right | refused [1] | **loss 2 %** | error [2] | right [3] |"
     assert some in text and "| mask | 0 | 0 | 1 | 0 |" in text and "| packed | 0 | 1 | 0 | 0 |" in text
     assert "`OtherForCausalLM` | ValueError: no" in text
