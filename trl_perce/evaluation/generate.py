@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -60,9 +61,9 @@ _CONTINUOUS_ON: frozenset[str] = frozenset()
 _FORWARD_TOKENS, _BLOCK_TOKENS = 2048, 256
 # Share of a padded batch that has to be finished for the others to go on without it
 _LEAVING = 1 / 8
-# Tokens of a row that are generated to see whether they are the model's own, how often with other rows if they seem not to be, and what they
-# may be off at least, in nats: recurrent layers sum in another order step by step
-_CHECKED_TOKENS, _DRAWS, _LEAST_BOUND = 8, 3, 0.01
+# To see whether generated tokens are the model's own: how many after how many of a prompt, how often with other rows if they seem not to be,
+# and what they may be off at least, in nats, since recurrent layers sum in another order step by step
+_CHECKED_TOKENS, _CHECKED_PROMPT, _DRAWS, _LEAST_BOUND = 8, 128, 3, 0.01
 # What generation calls the keys and values that it keeps: Transformers renamed it
 _CACHE = "cache" if Version(transformers.__version__) >= Version("5.24.0") else "past_key_values"
 
@@ -137,8 +138,8 @@ class TransformersGenerator(_Generator):
     depend on which other rows there are, how they are batched, or whether the run was killed in between; batches only round
     logits differently, which can tip a token that is as good as tied.
 
-    Before the first row a few tokens are generated after the longest and the shortest prompt, and their log-probabilities compared with
-    those of plain forward passes. Where they are off by more than rounding, as some models' are in a padded batch or with their cache, that
+    Before the first row a few tokens are generated after the beginnings of the longest and the shortest prompt, and their log-probabilities
+    compared with those of plain forward passes. Where they are off by more than rounding, as some models' are in a padded batch or with their cache, that
     is left out, with a warning: rows are generated one at a time, and if need be without the cache.
 
     Args:
@@ -193,7 +194,8 @@ class TransformersGenerator(_Generator):
     def _leave_out_what_is_wrong(self, prompts: list[Prompt]) -> None:
         """Of continuous batching, padding and the cache."""
         ordered, name = sorted(prompts, key=lambda prompt: len(prompt.input_ids)), type(self._base).__name__
-        draws = [[ordered[draw], ordered[-1 - draw]] for draw in range(min(_DRAWS, len(ordered) // 2))] or [ordered]
+        draws = [_beginnings(ordered[draw], ordered[-1 - draw]) for draw in range(min(_DRAWS, len(ordered) // 2))]
+        draws = draws or [_beginnings(*ordered)]
         if self.is_continuous and (nats := self._off(draws)) is not None:
             self.is_continuous = False
             logger.warning(
@@ -559,6 +561,17 @@ class _FiniteLogits(LogitsProcessor):
                 "float32 instead of float16 (`dtype`)."
             )
         return scores
+
+
+def _beginnings(*prompts: Prompt) -> list[Prompt]:
+    """Of one prompt or two, of which the first is the shorter one, and then only half as long."""
+    *shorter, longer = prompts
+    size = min(len(longer.input_ids), _CHECKED_PROMPT)
+    sizes = [*(min(len(prompt.input_ids), max(size // 2, 1)) for prompt in shorter), size]
+    return [
+        replace(prompt, input_ids=prompt.input_ids[:size], persona_mask=prompt.persona_mask[:size])
+        for prompt, size in zip(prompts, sizes, strict=True)
+    ]
 
 
 def _so_much(nats: float) -> str:
