@@ -630,8 +630,8 @@ def check(model, found: dict[str, Any], tell) -> None:
     attempt("padding-free", lambda: step(padding_free=True))
     attempt("packed", lambda: step(packing=True, max_length=300, per_device_train_batch_size=1))
     attempt("accumulated", lambda: step(per_device_train_batch_size=2, gradient_accumulation_steps=3))
-    attempt("LoRA", adapter)
     attempt("generation", lambda: generate(model, tokenizer))
+    attempt("LoRA", adapter)  # the last, since it may leave something in the model
 
 
 @torch.no_grad()
