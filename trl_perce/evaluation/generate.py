@@ -259,8 +259,12 @@ class TransformersGenerator(_Generator):
                     return None  # the model has a `generate` of its own, which keeps them to itself
                 size = next((index + 1 for index, token in enumerate(tokens) if token in self.stop), len(tokens))
                 ids = torch.tensor([prompt.input_ids + tokens[: size - 1]], device=self._device)
-                with self._generating(), self._autocast():
-                    logits = self.model(input_ids=ids, use_cache=False).logits[0, -size:].float().cpu()
+                try:
+                    with self._generating(), self._autocast():
+                        logits = self.model(input_ids=ids, use_cache=False).logits[0, -size:].float().cpu()
+                except MODELS_OWN as error:  # it takes more than tokens, which `generate` makes
+                    unless_out_of_memory(error)
+                    return None
                 bound = max(bound, rounding_bound(self._base, logits, autocast_dtype(self.args)))
                 chosen = torch.tensor(tokens[:size])[:, None]
                 for log_probs, one in ((found, torch.stack(self._logits[prompt.row][:size])), (expected, logits)):
