@@ -124,6 +124,8 @@ def main(argv: list[str] | None = None) -> dict:
         print(f"{name}: warming up", file=sys.stderr, flush=True)
         _, own = measure(generator, prompts[:WARM_UP])
         print(f"{name}: {WARM_UP} rows to warm up in {own['seconds']:.1f} s", file=sys.stderr, flush=True)
+    if not generators["continuous"].is_continuous:
+        parser.exit(2, "continuous batching is not measured: it was found to be wrong, as logged above\n")
     for _ in range(args.rounds):
         for name, generator in generators.items():
             texts[name], own = measure(generator, prompts)
