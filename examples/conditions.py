@@ -34,8 +34,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("config", help="YAML file of the grid")
     parser.add_argument("--methods", nargs="+", default=["perce", "perce_sequence", "lossce", "entce"])
+    parser.add_argument("--output_dir", help="folder of the grid, if not the file's")
     args = parser.parse_args()
-    steps = make_steps(load_settings(args.config))
+    steps = make_steps(load_settings(args.config, **({"output_dir": args.output_dir} if args.output_dir else {})))
     for (model, task), (evaluation, *_) in steps.untrained.items():
         untrained = [*read_lines(evaluation.folder / "scores" / "scores.jsonl")]
         users = [line["user"] or line["row"] for line in read_lines(evaluation.folder / "metrics.jsonl")]

@@ -61,7 +61,7 @@ from transformers.models.auto.modeling_auto import (
 from trl_perce import PerCEConfig, PerCETrainer, PerContrast
 from trl_perce.evaluation.arguments import GenerationArguments
 from trl_perce.evaluation.generate import TransformersGenerator
-from trl_perce.evaluation.predictions import Prompt
+from trl_perce.evaluation.predictions import Prompt, length_of_text
 from trl_perce.utils.files import write_json, write_text
 from trl_perce.utils.markdown import code, escape, table
 
@@ -651,7 +651,7 @@ def generate(model, tokenizer) -> dict[str, Any]:
         logger.removeHandler(handler)
     nats = 0.0
     for ids, tokens in zip(rows, (maker.made[index] for index in range(len(rows))), strict=True):
-        size = next((index + 1 for index, token in enumerate(tokens) if token in maker.stop), len(tokens))
+        size = min(length_of_text(tokens, maker.stop) + 1, len(tokens))
         own = log_softmax_of(model, [*ids, *tokens[: size - 1]])[len(ids) - 1 :]
         nats = max(nats, float((own.max(-1).values - own.gather(1, torch.tensor(tokens[:size])[:, None])[:, 0]).max()))
     said = [record.getMessage() for record in handler.buffer]
@@ -663,8 +663,8 @@ def generate(model, tokenizer) -> dict[str, Any]:
 # The table
 
 PATHS = (
-    *("alone", "padded", "mask", "step", "step, mask", "padding-free", "packed", "accumulated", "LoRA"),
-    "generation",
+    *("alone", "padded", "mask", "step", "step, mask", "padding-free", "packed", "accumulated"),
+    *("generation", "LoRA"),
 )
 
 
@@ -728,9 +728,9 @@ def report(results: list[dict[str, Any]]) -> str:
         "- **error**: it stopped inside of the model or of another library, without a wrong number.\n"
         "- (wrapper): around vision or audio, used with text alone. (noise): the model draws at random in training mode.",
         "`alone`, `padded` and `mask` are PerContrast; the others are a step of `PerCETrainer`. `accumulated` is the same rows in three "
-        "micro-batches, `LoRA` an adapter with `all-linear`. `generation` is greedy, of `trl-perce evaluate`; where it is right with a number, the "
-        "library has found a faster way to be wrong, says so, and takes a slower one; refused is what it warns of. `mask` is compared with the row without its persona (its positions closed up, or "
-        "as they were) and with a 4D mask; the state of a recurrent layer goes on fading while it reads hidden tokens, so that there it is none "
+        "micro-batches, `LoRA` an adapter with `all-linear`. `generation` is greedy, of `trl-perce evaluate`; where it is right with a "
+        "number, the library has found a faster way to be wrong, says so, and takes a slower one; refused is what it warns of. `mask` is "
+        "compared with the row without its persona (its positions closed up, or as they were) and with a 4D mask; the state of a recurrent layer goes on fading while it reads hidden tokens, so that there it is none "
         "of these.",
         table(("path", "right", "refused", "wrong", "error"), summary),
         table(("family", *PATHS), lines),

@@ -13,6 +13,7 @@ run again. METEOR is left out where NLTK's data are not there.
 
 import argparse
 import dataclasses
+import functools
 import re
 import subprocess
 import sys
@@ -32,6 +33,11 @@ from trl_perce.utils.files import write_json, write_text
 
 
 _SECONDS = 15.0  # between looks at what has ended
+
+
+@functools.cache  # else it would ask for NLTK's data at each look
+def metrics() -> list[str]:
+    return ["rouge"] if missing_nltk_data(METEOR_DATA) else ["rouge", "meteor"]
 
 
 def read_steps(args: argparse.Namespace) -> Steps:
@@ -59,8 +65,7 @@ def read_steps(args: argparse.Namespace) -> Steps:
         methods={key: own for key, own in settings.methods.items() if not args.methods or key in args.methods},
         seeds=args.seeds or settings.seeds,
         training=settings.training | {"use_cpu": not torch.cuda.is_available()},
-        evaluation=settings.evaluation
-        | {"metrics": ["rouge"] if missing_nltk_data(METEOR_DATA) else ["rouge", "meteor"]},
+        evaluation=settings.evaluation | {"metrics": metrics()},
     )
     steps = make_steps(settings)
     for step in steps.all():

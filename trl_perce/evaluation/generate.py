@@ -48,7 +48,7 @@ from ..utils.bfloat16 import warn_of_slow_bf16
 from ..utils.logger import get_logger
 from ..utils.share import EVERYTHING, Share
 from .arguments import GenerationArguments
-from .predictions import Prompt, make_prompts, stop_tokens, to_prediction
+from .predictions import Prompt, length_of_text, make_prompts, stop_tokens, to_prediction
 
 
 logger = get_logger(__name__)
@@ -138,9 +138,10 @@ class TransformersGenerator(_Generator):
     depend on which other rows there are, how they are batched, or whether the run was killed in between; batches only round
     logits differently, which can tip a token that is as good as tied.
 
-    Before the first row a few tokens are generated after the beginnings of the longest and the shortest prompt, and their log-probabilities
-    compared with those of plain forward passes. Where they are off by more than rounding, as some models' are in a padded batch or with their cache, that
-    is left out, with a warning: rows are generated one at a time, and if need be without the cache.
+    Before the first row a few tokens are generated after the beginnings of the longest and the shortest prompt, and their
+    log-probabilities compared with those of plain forward passes. Where they are off by more than rounding, as some models' are in a
+    padded batch or with their cache, that is left out, with a warning: rows are generated one at a time, and if need be without the
+    cache.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -257,7 +258,7 @@ class TransformersGenerator(_Generator):
             for prompt, tokens in zip(batch, made, strict=True):
                 if prompt.row not in self._logits:
                     return None  # the model has a `generate` of its own, which keeps them to itself
-                size = next((index + 1 for index, token in enumerate(tokens) if token in self.stop), len(tokens))
+                size = min(length_of_text(tokens, self.stop) + 1, len(tokens))
                 ids = torch.tensor([prompt.input_ids + tokens[: size - 1]], device=self._device)
                 try:
                     with self._generating(), self._autocast():
@@ -317,8 +318,8 @@ class TransformersGenerator(_Generator):
         if guided:
             lengths = [2 * length for length in lengths]
         # Transformers gives the negative prompts' pass no positions: where they are not relative, padding would shift them
-        alone = guided and "rope_parameters" not in self._base.config.get_text_config().to_dict()
-        alone = alone or not self._is_batched
+        shifts = guided and "rope_parameters" not in self._base.config.get_text_config().to_dict()
+        alone = shifts or not self._is_batched
         chunks = split_into_chunks(lengths, 1 if alone else self.args.generation_batch_tokens, padded=True)
         return [[prompts[index] for index in chunk] for chunk in chunks]
 

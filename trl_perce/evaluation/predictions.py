@@ -6,7 +6,7 @@ import copy
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -222,7 +222,7 @@ def to_prediction(
             reasoning model's thought, and so empty where the thought has no end), `reference`, `num_tokens` (generated, thought included,
             without the end token) and `finished` (whether there was an end token). Where there was a thought also `raw`, the whole text.
     """
-    length = next((position for position, token in enumerate(tokens) if token in stop), len(tokens))
+    length = length_of_text(tokens, stop)
     raw = tokenizer.decode(tokens[:length])  # some models' marks of a thought are special tokens
     reply = split_thought(raw, opens_thought(tokenizer.decode(prompt.input_ids[-_PROMPT_END:])))
     if reply.thought is None:
@@ -248,6 +248,11 @@ def _without_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> st
         if token.special:
             text = text.replace(token.content, "")
     return text
+
+
+def length_of_text(tokens: Sequence[int], stop: Collection[int]) -> int:
+    """How many generated tokens stand before the first that ends a text."""
+    return next((position for position, token in enumerate(tokens) if token in stop), len(tokens))
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, generation_config=None) -> frozenset[int]:
